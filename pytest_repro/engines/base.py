@@ -1,0 +1,128 @@
+"""What an engine is, and the registry of those that come with the package.
+
+Token ids go in and come out; greedy decoding is a mode of its own; the batch is given, never formed by the engine.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from ..errors import ConfigError, EngineError
+from ..fingerprint import Fingerprint
+from ..generation import Output, Request, Scores
+from ..models import ModelFiles
+from ..numerics import Mode
+from ..probe import Observation
+from ..suite import Prompt
+
+Tick = Callable[[int], None]
+"""Called with the number of tokens that were just done."""
+
+
+def no_tick(_: int) -> None:
+    """For callers without a progress display."""
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What an engine is opened with."""
+
+    mode: Mode
+    """Numerics; an engine that cannot set them must not claim them (see `Engine.observe`)."""
+    max_new_tokens: int
+    folder: Path
+    """The suite's folder, for engines that read a file of it."""
+    model: ModelFiles | None = None
+    """Files of the model; None for engines that have none."""
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """The suite's `[engine]` table."""
+
+
+class Engine(Protocol):
+    """A live engine. Every method may raise `EngineError`, which becomes the verdict `error`."""
+
+    name: str
+    """As it stands in the fingerprint."""
+    context_length: int | None
+    """Most tokens that prompt and answer may have together; None if unknown or without bound."""
+    text_only: bool
+    """True if its tokens are not a model's, and its numbers unknown: it decodes, and cannot replay."""
+
+    def facts(self) -> Fingerprint:
+        """Fingerprint fields of the live engine: what is in force, not what was asked for."""
+
+    def observe(self) -> Observation:
+        """Precision of products and sums as seen in the process that holds the model."""
+
+    def encode(self, prompt: Prompt) -> list[int]:
+        """Token ids of a whole prompt, chat template applied."""
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """Token ids as text, special tokens spelt out."""
+
+    def generate(self, batch: Sequence[Request], tick: Tick = no_tick) -> list[Output]:
+        """Greedy continuations of exactly this batch, together, in its order."""
+
+    def replay(self, requests: Sequence[Request], tick: Tick = no_tick) -> list[Scores]:
+        """Each request's `reference` tokens through one forward pass, in the requests' order; the engine may batch."""
+
+    def benign(self) -> Iterator[tuple[str, Callable[[Sequence[Request], Tick], list[Scores]]]]:
+        """Ways to replay that change numerics and nothing else: (name, replay), each restored when it returns."""
+
+
+Opener = Callable[[Spec], AbstractContextManager[Engine]]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One engine of the registry."""
+
+    module: str
+    needs_model: bool
+    """Whether the suite's model reference is resolved to files for it."""
+    extra: str
+    """The pip extra that installs what it needs."""
+
+
+REGISTRY: dict[str, Entry] = {
+    "transformers": Entry("transformers", needs_model=True, extra="transformers"),
+    "scripted": Entry("scripted", needs_model=False, extra=""),
+}
+
+
+def needs_model(name: str) -> bool:
+    """Whether an engine reads model files."""
+    return name in REGISTRY and REGISTRY[name].needs_model
+
+
+def opener(name: str, *, allow_code: bool = False) -> Opener:
+    """The function that opens an engine, as a context manager that closes it.
+
+    Args:
+        name: of the registry, or `module:function`, a callable as in `engines.function`.
+        allow_code: whether the user opted in to importing code that a suite names.
+
+    Raises:
+        ConfigError: no such engine, or code without the opt-in.
+        EngineError: what it needs is not installed.
+    """
+    if ":" in name:
+        from .function import from_name
+
+        return from_name(name, allow_code)
+    entry = REGISTRY.get(name)
+    if entry is None:
+        raise ConfigError(f"unknown engine {name!r}; known: {', '.join(REGISTRY)}, module:function", where="engine")
+    try:
+        module = importlib.import_module(f".{entry.module}", __package__)
+    except ImportError as exc:
+        raise EngineError(
+            f"the engine {name} cannot be imported: {exc}", fix=f"pip install 'pytest-repro[{entry.extra}]'"
+        ) from exc
+    found: Opener = module.open_engine
+    return found

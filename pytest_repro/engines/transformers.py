@@ -1,0 +1,378 @@
+"""transformers: any causal language model that `AutoModelForCausalLM` loads, decoded greedily by its own `generate`.
+
+Decoding: left padding, the batch as given. A logits processor that changes nothing records, at each step, the chosen
+token's log-probability, its gap to the runner-up, and the log-probability of the golden's token.
+
+Replay: prompt and golden tokens through one forward pass, right-padded (under a causal mask padding on the right is
+never seen), batched by length; logits of prompt positions are not computed.
+"""
+
+from __future__ import annotations
+
+import gc
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+)
+
+from .. import probe
+from ..errors import ConfigError, EngineError
+from ..fingerprint import Fingerprint
+from ..generation import Output, Request, Scores, digest
+from ..suite import Prompt
+from .base import Engine, Spec, Tick, no_tick
+
+REPLAY_LOGITS = 64 * 2**20
+"""Most logits (positions x vocabulary) of one replay batch: 256 MiB as float32."""
+REPLAY_POSITIONS = 2048
+"""Most positions of one replay batch."""
+
+
+@contextmanager
+def open_engine(spec: Spec) -> Iterator[Engine]:
+    """Load the model under the mode's switches; both end with the context.
+
+    Raises:
+        EngineError: the model cannot be loaded, or memory does not suffice.
+        ConfigError: no such device, or an attention implementation that the model does not have.
+    """
+    assert spec.model is not None, "the transformers engine needs a model"
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+    with spec.mode.switches():
+        engine = TransformersEngine(spec)
+        try:
+            yield engine
+        finally:
+            engine.close()
+
+
+class TransformersEngine:
+    """A loaded model with its tokenizer."""
+
+    name = "transformers"
+    text_only = False
+
+    def __init__(self, spec: Spec) -> None:
+        assert spec.model is not None
+        self.spec = spec
+        self.device = _device(spec.options.get("device"))
+        path = str(spec.model.path)
+        with _explained(f"loading {spec.model.reference}", lambda: None):
+            config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+            self.tokenizer = AutoTokenizer.from_pretrained(path, padding_side="left", trust_remote_code=False)
+            self.model = self._load(path)
+        self.context_length: int | None = getattr(config.get_text_config(), "max_position_embeddings", None)
+        self.eos = _eos(self.model, self.tokenizer)
+        # The model's own generation defaults (sampling, penalties) would be merged in: greedy is a mode of its own.
+        self.model.generation_config = GenerationConfig(
+            do_sample=False,
+            max_new_tokens=spec.max_new_tokens,
+            eos_token_id=self.eos,
+            pad_token_id=self.tokenizer.pad_token_id
+            if self.tokenizer.pad_token_id is not None
+            else (self.eos or [0])[0],
+        )
+
+    def _load(self, path: str) -> Any:
+        attention = self.spec.options.get("attention")
+        options: dict[str, Any] = {"attn_implementation": attention} if attention else {}
+        dtype = getattr(torch, self.spec.mode.dtype) if self.spec.mode.dtype else "auto"
+        try:
+            model = AutoModelForCausalLM.from_pretrained(
+                path, dtype=dtype, use_safetensors=True, trust_remote_code=False, **options
+            )
+        except (ValueError, ImportError) as exc:
+            if attention and "attention" in str(exc).lower():
+                raise ConfigError(
+                    f"attention {attention!r}: {exc}", where=f"{self.spec.folder} [engine.attention]"
+                ) from None
+            raise
+        return model.to(self.device).eval()
+
+    def close(self) -> None:
+        """Let go of the model's memory."""
+        self.model = None
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def observe(self) -> probe.Observation:
+        """Crafted operands through the model's own linear layers, on its own device."""
+        with _explained("probing", self._memory_hint):
+            return probe.observe(self.model)
+
+    def facts(self) -> Fingerprint:
+        """What is in force."""
+        assert self.spec.model is not None
+        config = self.model.config
+        return {
+            **self.spec.model.identity,
+            "generation": digest({"greedy": True, "max_new_tokens": self.spec.max_new_tokens, "eos": self.eos}),
+            "engine": self.name,
+            "engine_version": transformers.__version__,
+            "numerics": self.spec.mode.name,
+            "dtype": str(self.model.dtype).removeprefix("torch."),
+            "quantization": str(getattr(getattr(config, "quantization_config", None), "quant_method", None) or "none"),
+            "attention": str(config._attn_implementation),
+            "kv_cache_dtype": probe.kv_cache_dtype(self.model),
+            "tensor_parallel_size": 1,
+            "prefix_caching": False,
+            "engine.padding_side": "left",
+            **probe.torch_facts(self.device),
+        }
+
+    def encode(self, prompt: Prompt) -> list[int]:
+        """Chat template with the generation prompt, where there is one; the plain text otherwise."""
+        if isinstance(prompt.content, str) and self.tokenizer.chat_template is None:
+            return list(self.tokenizer(prompt.content)["input_ids"])
+        messages = [{"role": "user", "content": prompt.content}] if isinstance(prompt.content, str) else prompt.content
+        try:
+            encoded = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)
+        except Exception as exc:  # a template is a Jinja program of the model's author: anything may come out
+            raise EngineError(f"the chat template cannot render prompt {prompt.id}: {exc}") from exc
+        return list(encoded["input_ids"])
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """Tokens as text, special tokens spelt out."""
+        return str(self.tokenizer.decode(list(tokens), skip_special_tokens=False))
+
+    def generate(self, batch: Sequence[Request], tick: Tick = no_tick) -> list[Output]:
+        """One call of the model's own `generate` for exactly this batch."""
+        width = max(len(r.tokens) for r in batch)
+        pad = self.model.generation_config.pad_token_id
+        ids = torch.full((len(batch), width), pad, dtype=torch.long)
+        mask = torch.zeros_like(ids)
+        for row, request in enumerate(batch):
+            ids[row, width - len(request.tokens) :] = torch.from_numpy(request.tokens.astype(np.int64))
+            mask[row, width - len(request.tokens) :] = 1
+        recorder = _Recorder(batch, self.device, tick)
+        with _explained(f"decoding a batch of {len(batch)}", self._memory_hint), torch.inference_mode():
+            sequences = self.model.generate(
+                input_ids=ids.to(self.device),
+                attention_mask=mask.to(self.device),
+                generation_config=self.model.generation_config,
+                logits_processor=LogitsProcessorList([recorder]),
+            )
+        columns = recorder.columns()
+        return [
+            self._output(request, new, {name: column[row] for name, column in columns.items()})
+            for row, (request, new) in enumerate(zip(batch, sequences[:, width:].tolist(), strict=True))
+        ]
+
+    def _output(self, request: Request, new: list[int], columns: dict[str, Any]) -> Output:
+        stop = next((i for i, token in enumerate(new) if token in self.eos), None)
+        length = len(new) if stop is None else stop + 1
+        row = {name: column[:length] for name, column in columns.items()}
+        bad = np.flatnonzero(np.isnan(row["logprob"]) | np.isnan(row["gap"]))
+        return Output(
+            id=request.id,
+            tokens=np.asarray(new[:length], np.int32),
+            text=str(self.tokenizer.decode(new[:length], skip_special_tokens=True)),
+            finish_reason="length" if stop is None else "stop",
+            logprob=row["logprob"],
+            gap=row["gap"],
+            runner_up=row["runner_up"],
+            reference_logprob=row.get("reference_logprob"),
+            error=f"NaN in logits at token {bad[0]}" if len(bad) else "",
+        )
+
+    def replay(self, requests: Sequence[Request], tick: Tick = no_tick) -> list[Scores]:
+        """All requests, batched by length."""
+        return self._replay(requests, tick, REPLAY_POSITIONS)
+
+    def _replay(self, requests: Sequence[Request], tick: Tick, positions: int) -> list[Scores]:
+        scores: dict[int, Scores] = {}
+        for batch in self._by_length(requests, positions):
+            with _explained(f"replaying a batch of {len(batch)}", self._memory_hint), torch.inference_mode():
+                for place, score in zip(batch, self._forward([requests[i] for i in batch]), strict=True):
+                    scores[place] = score
+            tick(sum(len(_reference(requests[i])) for i in batch))
+        return [scores[i] for i in range(len(requests))]
+
+    def _by_length(self, requests: Sequence[Request], positions: int) -> Iterator[list[int]]:
+        """Places of requests, longest first, as many together as positions and logits allow; never none."""
+        vocabulary = self.model.config.get_text_config().vocab_size
+        most = max(1, min(positions, REPLAY_LOGITS // vocabulary))
+        batch: list[int] = []
+        widest = 0
+        for place in sorted(range(len(requests)), key=lambda i: (-_length(requests[i]), i)):
+            widest = max(widest, _length(requests[place]))
+            if batch and (len(batch) + 1) * widest > most:
+                yield batch
+                batch, widest = [], _length(requests[place])
+            batch.append(place)
+        if batch:
+            yield batch
+
+    def _forward(self, batch: Sequence[Request]) -> list[Scores]:
+        width = max(_length(r) for r in batch)
+        first = min(len(r.tokens) for r in batch) - 1  # the position that predicts the first answer token
+        ids = torch.zeros((len(batch), width), dtype=torch.long)
+        for row, request in enumerate(batch):
+            whole = np.concatenate([request.tokens, _reference(request)]).astype(np.int64)
+            ids[row, : len(whole)] = torch.from_numpy(whole)
+        kept = torch.arange(first, width - 1, device=self.device)
+        options: dict[str, Any] = {"use_cache": False}
+        if "logits_to_keep" in inspect.signature(self.model.forward).parameters:
+            options["logits_to_keep"] = kept
+        logits = self.model(input_ids=ids.to(self.device), **options).logits
+        if "logits_to_keep" not in options:
+            logits = logits[:, first : width - 1]
+        return [_score(request, logits[row, len(request.tokens) - 1 - first :]) for row, request in enumerate(batch)]
+
+    def benign(self) -> Iterator[tuple[str, Callable[[Sequence[Request], Tick], list[Scores]]]]:
+        """Prefill instead of decode, then that with another batch size, one thread, another attention kernel."""
+        yield "replay", self.replay
+        yield "replay, batch size 1", lambda requests, tick: self._replay(requests, tick, 1)
+        if self.device.type == "cpu" and torch.get_num_threads() > 1:
+            yield "replay, 1 thread", self._replay_single_threaded
+        if self.model.config._attn_implementation != "eager":
+            yield "replay, eager attention", self._replay_eager
+
+    def _replay_single_threaded(self, requests: Sequence[Request], tick: Tick) -> list[Scores]:
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            return self.replay(requests, tick)
+        finally:
+            torch.set_num_threads(threads)
+
+    def _replay_eager(self, requests: Sequence[Request], tick: Tick) -> list[Scores]:
+        before = self.model.config._attn_implementation
+        self.model.set_attn_implementation("eager")
+        try:
+            return self.replay(requests, tick)
+        finally:
+            self.model.set_attn_implementation(before)
+
+    def _memory_hint(self) -> str | None:
+        return "--repro-batch-size with a smaller number (it is a suspect then), or a device with more memory"
+
+
+class _Recorder(LogitsProcessor):  # type: ignore[misc]
+    """Sees the logits of every step, writes numbers down, and hands the logits on untouched."""
+
+    def __init__(self, batch: Sequence[Request], device: torch.device, tick: Tick) -> None:
+        self.rows: dict[str, list[torch.Tensor]] = {"logprob": [], "gap": [], "runner_up": []}
+        self.tick = tick
+        self.reference: torch.Tensor | None = None
+        if any(r.reference is not None for r in batch):
+            longest = max(len(r.reference) for r in batch if r.reference is not None)
+            padded = np.full((len(batch), longest), -1, np.int64)
+            for row, request in enumerate(batch):
+                if request.reference is not None:
+                    padded[row, : len(request.reference)] = request.reference
+            self.reference = torch.from_numpy(padded).to(device)
+            self.rows["reference_logprob"] = []
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        logits = scores.float()
+        total = logits.logsumexp(-1)
+        best = logits.topk(2)
+        chosen = logits.argmax(-1)  # generate's own choice: among ties it need not be topk's first
+        runner_up = torch.where(best.indices[:, 0] == chosen, best.indices[:, 1], best.indices[:, 0])
+        top = logits.gather(1, chosen[:, None])[:, 0]
+        step = len(self.rows["logprob"])
+        self.rows["logprob"].append(top - total)
+        self.rows["gap"].append(top - logits.gather(1, runner_up[:, None])[:, 0])
+        self.rows["runner_up"].append(runner_up)
+        if self.reference is not None:
+            self.rows["reference_logprob"].append(self._watched(logits, total, step))
+        self.tick(len(scores))
+        return scores
+
+    def _watched(self, logits: torch.Tensor, total: torch.Tensor, step: int) -> torch.Tensor:
+        assert self.reference is not None
+        if step >= self.reference.shape[1]:
+            return torch.full_like(total, torch.nan)
+        token = self.reference[:, step]
+        value = logits.gather(1, token.clamp(min=0)[:, None])[:, 0] - total
+        return torch.where(token >= 0, value, torch.nan)
+
+    def columns(self) -> dict[str, Any]:
+        """Each column as an array of shape (batch, steps)."""
+        return {
+            name: torch.stack(steps, 1).cpu().numpy().astype(np.int32 if name == "runner_up" else np.float32)
+            for name, steps in self.rows.items()
+        }
+
+
+def _reference(request: Request) -> Any:
+    if request.reference is None:
+        raise EngineError(f"prompt {request.id}: nothing to replay")
+    return request.reference
+
+
+def _length(request: Request) -> int:
+    return len(request.tokens) + len(_reference(request))
+
+
+def _score(request: Request, logits: torch.Tensor) -> Scores:
+    """Numbers of one replayed prompt from its logits, shape (at least T, vocabulary)."""
+    tokens = torch.from_numpy(_reference(request).astype(np.int64)).to(logits.device)
+    logits = logits[: len(tokens)].float()
+    own = logits.gather(1, tokens[:, None])[:, 0]
+    logprob = (own - logits.logsumexp(-1)).cpu().numpy()
+    gap = torch.full_like(own, torch.nan)
+    if request.reference_runner_up is not None:
+        rival = torch.from_numpy(request.reference_runner_up.astype(np.int64)).to(logits.device)
+        gap = torch.where(rival >= 0, own - logits.gather(1, rival.clamp(min=0)[:, None])[:, 0], torch.nan)
+    bad = np.flatnonzero(np.isnan(logprob))
+    return Scores(
+        id=request.id,
+        logprob=logprob.astype(np.float32),
+        deficit=(logits.max(-1).values - own).cpu().numpy().astype(np.float32),
+        top=logits.argmax(-1).cpu().numpy().astype(np.int32),
+        gap=gap.cpu().numpy().astype(np.float32),
+        error=f"NaN in logits at token {bad[0]}" if len(bad) else "",
+    )
+
+
+def _device(name: str | None) -> torch.device:
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as exc:
+        raise ConfigError(f"no such device: {exc}", where="[engine.device]") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise EngineError("the suite asks for cuda, and torch sees no CUDA device here", where="[engine.device]")
+    return device
+
+
+def _eos(model: Any, tokenizer: Any) -> list[int]:
+    """Ids that end a text: the model's, or the tokenizer's where the model names none."""
+    found = model.generation_config.eos_token_id
+    if found is None:
+        found = tokenizer.eos_token_id
+    return [] if found is None else [found] if isinstance(found, int) else sorted(found)
+
+
+@contextmanager
+def _explained(doing: str, hint: Callable[[], str | None]) -> Iterator[None]:
+    """Failures of torch and transformers as `EngineError`: the harness broke, the model did not drift."""
+    try:
+        yield
+    except (ConfigError, EngineError):
+        raise
+    except (torch.OutOfMemoryError, MemoryError) as exc:
+        raise EngineError(f"out of memory while {doing}: {exc}", fix=hint() or "a device with more memory") from exc
+    except Exception as exc:
+        if "can't allocate memory" in str(exc):
+            raise EngineError(
+                f"out of memory while {doing}: {exc}", fix=hint() or "a machine with more memory"
+            ) from exc
+        raise EngineError(f"{doing} failed: {type(exc).__name__}: {exc}") from exc

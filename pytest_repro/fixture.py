@@ -1,0 +1,120 @@
+"""What the `repro` fixture gives to a test; knows nothing of pytest beyond the two callables it is handed."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+from .engines.function import from_function
+from .errors import ConfigError, ReproError
+from .suite import Overrides, Prompt, Suite, Thresholds, apply, load
+
+_THRESHOLDS = {f.name for f in fields(Thresholds)}
+_PLAIN = ("model", "engine", "numerics", "batch_size", "max_new_tokens")
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a check found; truthy numbers only where everything was judged."""
+
+    results: tuple[Mapping[str, Any], ...]
+    """One document a numerics mode, as in the JSON report; a recording's while recording."""
+
+    @property
+    def accuracy(self) -> float:
+        """Share of the scored prompts that were right, 0 to 1: the lowest of the modes.
+
+        Raises:
+            ValueError: it was not judged (prompts that differ were only replayed, or none has an answer).
+        """
+        found = [r["metrics"]["accuracy_now"] if "metrics" in r else r["accuracy"] for r in self.results]
+        if not found or any(value is None for value in found):
+            raise ValueError("accuracy was not judged: see the accuracy line of the report")
+        return float(min(found)) / 100
+
+    @property
+    def passed(self) -> bool:
+        """Whether every mode passed."""
+        return all(r.get("verdict", "pass") == "pass" for r in self.results)
+
+
+class Repro:
+    """The fixture's value: one test's view of the gate."""
+
+    def __init__(self, state: Any, node: Any, keywords: Mapping[str, Any], fail: Callable[[str], Any]) -> None:
+        self._state, self._node, self._keywords, self._fail = state, node, keywords, fail
+        self._calls = 0
+
+    def check(self, path: str | Path, **keywords: Any) -> Run:
+        """Check (or, under --repro-update, record) a suite; the test fails if the suite does.
+
+        Args:
+            path: the suite's folder, relative to pytest's root directory.
+            keywords: `model`, `engine` (a name or any callable), `numerics`, `batch_size`, `max_new_tokens`, and any
+                threshold: stronger than the marker, the command line and suite.toml.
+        """
+        overrides, opener = self._overrides(keywords)
+        folder = self._node.config.rootpath / path
+        return self._run(load(folder, overrides, self._state.defaults()), opener)
+
+    def check_prompt(self, prompt: str | list[dict[str, str]], *, answer: str | None = None, **keywords: Any) -> Run:
+        """Check a single prompt; its golden is named after the test and lies under the first of `repro_paths`."""
+        overrides, opener = self._overrides(keywords)
+        self._calls += 1
+        name = re.sub(r"[^A-Za-z0-9._-]+", "-", self._node.nodeid.removesuffix(".py")).strip("-")
+        if self._calls > 1:
+            name += f"-{self._calls}"
+        defaults = self._state.defaults()
+        model = overrides.model or defaults.get("suite", {}).get("model")
+        if model is None and opener is None:
+            raise ConfigError("no model is named", where=self._node.nodeid, fix='@pytest.mark.repro(model="...")')
+        suite = Suite(
+            name=name,
+            folder=Path(self._node.config.getini("repro_paths")[0]) / "tests" / name,
+            model=model or "",
+            prompts=(Prompt("prompt", prompt, answer),),
+            **{k: v for k, v in defaults.get("generation", {}).items() if k in ("max_new_tokens", "batch_size")},
+            numerics=tuple(defaults.get("run", {}).get("numerics", ("native",))),
+        )
+        if model and not overrides.model and (self._node.config.rootpath / model).is_dir():
+            suite = replace(suite, model=str(self._node.config.rootpath / model))
+        return self._run(apply(suite, overrides), opener)
+
+    def _overrides(self, keywords: Mapping[str, Any]) -> tuple[Overrides, Any]:
+        """Command line, then marker, then the call's own keywords on top."""
+        asked = {**self._keywords, **keywords}
+        unknown = sorted(set(asked) - set(_PLAIN) - _THRESHOLDS)
+        if unknown:
+            known = ", ".join([*_PLAIN, *sorted(_THRESHOLDS)])
+            raise ConfigError(f"unknown keyword {unknown[0]!r}; known: {known}", where=self._node.nodeid)
+        opener = None
+        if callable(asked.get("engine")):
+            opener = from_function(asked.pop("engine"))
+        modes = asked.get("numerics")
+        mine = Overrides(
+            **{k: asked.get(k) for k in _PLAIN if k != "numerics"},
+            numerics=(modes,) if isinstance(modes, str) else tuple(modes) if modes else None,
+            thresholds={k: v for k, v in asked.items() if k in _THRESHOLDS},
+        )
+        return self._state.overrides().under(mine), opener
+
+    def _run(self, suite: Suite, opener: Any) -> Run:
+        if self._state.updating:
+            try:
+                return Run(tuple(self._state.record(suite, mode, opener=opener) for mode in suite.numerics))
+            except ReproError as exc:
+                self._fail(str(exc))
+        run = Run(tuple(self._state.check(suite, mode, opener=opener) for mode in suite.numerics))
+        if not run.passed:
+            self._fail("\n".join(self._story(result) for result in run.results if result["verdict"] == "fail"))
+        return run
+
+    @staticmethod
+    def _story(result: Mapping[str, Any]) -> str:
+        rules = [*result["failures"], *(c["message"] for c in result["checks"] if c["status"] == "fail")]
+        return (
+            f"{result['path']} [{result['numerics']}] fails: {'; '.join(rules)}\n(details in the repro section below)"
+        )

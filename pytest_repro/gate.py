@@ -1,0 +1,343 @@
+"""The gate: suite -> engine -> generation -> comparison -> verdict, and the same way round to record a golden.
+
+Knows nothing of pytest or of a terminal: plain values in, a `SuiteResult` or a `Recording` out. The two shells
+(`plugin`, `cli`) print and exit.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal, Protocol
+
+import numpy as np
+
+from . import judging, models, noise, numerics, probe, store
+from .comparison import Comparison, compare_decode, compare_replay
+from .engines.base import Engine, Opener, Spec, needs_model, opener
+from .errors import ConfigError, EngineError, GoldenError, GoldenMissing, ReproError
+from .fingerprint import IDENTITY, Fingerprint, diff
+from .generation import Generation, Output, Request, Scores
+from .golden import Golden
+from .judging import Gathered
+from .result import Recording, SuiteResult
+from .suite import Prompt, Suite
+from .verdict import Verdict
+
+Method = Literal["auto", "replay", "decode"]
+
+
+class Progress(Protocol):
+    """Where the gate tells how far it is."""
+
+    def say(self, line: str) -> None:
+        """One line, before something that takes long."""
+
+    def phase(self, label: str, total: int) -> Callable[[int], None]:
+        """Start a phase of `total` tokens; the result is called with the number just done."""
+
+    def close(self) -> None:
+        """End the last phase."""
+
+
+class Silent:
+    """No progress."""
+
+    def say(self, line: str) -> None:
+        """Nothing."""
+
+    def phase(self, label: str, total: int) -> Callable[[int], None]:
+        """Nothing."""
+        return lambda _: None
+
+    def close(self) -> None:
+        """Nothing."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to check: what the command line and a test's keywords decide beyond the suite itself."""
+
+    method: Method = "auto"
+    allow_changed: frozenset[str] = frozenset()
+    """Parts of the identity (model, tokenizer, generation) that may differ."""
+    allow_code: bool = False
+    golden: str | None = None
+    """Name of the golden to use (`bf16`, `bf16@cuda-sm90`) in place of the one that fits."""
+    pending_folder: Path | None = None
+    """Where a check may leave candidates for missing goldens; None: nowhere."""
+    opener: Opener | None = None
+    """A test's own engine, in the suite's engine's place."""
+    selected: frozenset[str] | None = None
+    """Prompt ids that are asked for; None: all. Their batches run whole all the same."""
+    shown_path: str = ""
+    """The suite's folder as the user would type it."""
+
+
+def check(suite: Suite, mode: str, options: Options, show: Progress | None = None) -> SuiteResult:
+    """Check a suite in one numerics mode against its golden. Never raises a `ReproError`: what broke is a verdict."""
+    started, show = time.monotonic(), show or Silent()
+    result = judging.blank(suite, mode, options.selected, options.shown_path)
+    try:
+        expect_golden(suite, mode, options)
+        with live(suite, mode, options, show) as engine:
+            result = replace(result, environment=environment(engine, suite), observed=engine.observe().to_json())
+            golden = find_golden(suite, mode, result, options)
+            result = judging.against(result, golden, suite, options.allow_changed)
+            gathered = gather(engine, suite, golden, result, options, show)
+            result = judging.judge_all(result, suite, golden, gathered, engine.decode, options.allow_code)
+    except ReproError as exc:
+        result = judging.broken(result, exc)
+        if isinstance(exc, GoldenMissing) and options.pending_folder:
+            result = _leave_candidate(result, suite, mode, options, show)
+    finally:
+        show.close()
+    return replace(result, seconds=time.monotonic() - started)
+
+
+def record(
+    suite: Suite, mode: str, options: Options, show: Progress | None = None, folder: Path | None = None
+) -> Recording:
+    """Record a candidate for a golden, with its noise envelope, and leave it pending.
+
+    Raises:
+        ReproError: a prompt without an answer, or the engine failed; nothing is left behind then.
+    """
+    started, show = time.monotonic(), show or Silent()
+    try:
+        with live(suite, mode, options, show) as engine:
+            observed = engine.observe()
+            claimed = numerics.mode(mode).compute_class
+            if claimed and not engine.text_only and observed.compute_class != claimed:
+                raise EngineError(
+                    f"{claimed} was asked for, but the probe found {observed.compute_class}: {observed.detail}",
+                    fix="a golden is recorded only in the numerics that it claims",
+                )
+            stem = options.golden or (
+                observed.compute_class if observed.compute_class != "unknown" else claimed or "unknown"
+            )
+            place = store.Place(folder or suite.folder, stem, store.PENDING)
+            previous = _previous(store.Place(suite.folder, stem))
+            requests = _watching(_requests(engine, suite), previous)
+            generation = Generation.of(
+                requests, _decode(engine, suite, requests, range(len(suite.prompts)), "record", show)
+            )
+            if generation.errors:
+                name, why = next(iter(generation.errors.items()))
+                raise EngineError(f"prompt {name} has no answer: {why}", fix="nothing was recorded")
+            golden = Golden(
+                suite=suite.name,
+                model=suite.model.partition("#")[0] if needs_model(suite.engine) else suite.engine,
+                compute_class=stem.partition("@")[0],
+                device_class=stem.partition("@")[2],
+                numerics=mode,
+                max_new_tokens=suite.max_new_tokens,
+                batch_size=suite.batch_size,
+                fingerprint=environment(engine, suite),
+                generation=generation,
+                scores=judging.scores(suite, generation.texts, generation.ids, options.allow_code),
+                noise=_envelope(engine, stem.partition("@")[0], requests, generation, show),
+            )
+            golden = judging.with_candidate_notes(golden, previous)
+    finally:
+        show.close()
+    place.write(golden)
+    changed = (
+        None if previous is None else sum(p["verdict"] != "identical" for p in (golden.candidate or {})["prompts"])
+    )
+    return Recording(
+        name=suite.name,
+        path=options.shown_path or str(suite.folder),
+        numerics=mode,
+        golden=place.text.name,
+        prompts=len(generation),
+        changed=changed,
+        accuracy=golden.accuracy,
+        noise={"mean_abs_dlogp": golden.noise.mean_abs_dlogp, "max_deficit": golden.noise.max_deficit},
+        seconds=time.monotonic() - started,
+        environment=golden.fingerprint,
+    )
+
+
+def expect_golden(suite: Suite, mode: str, options: Options) -> None:
+    """Fail before a model is loaded for nothing: some golden of the class that the mode claims must lie there.
+
+    Raises:
+        GoldenMissing: none does.
+    """
+    claimed = options.golden or numerics.mode(mode).compute_class
+    if claimed is None:
+        return
+    names = {place.stem for place in store.places(suite.folder)}
+    known = {stem.partition("@")[0] for stem in names} | names
+    wanted = {claimed} if options.golden else {c for c in store.candidates_for(claimed, "") if not c.endswith("@")}
+    if not wanted & known:
+        store.find(suite.folder, claimed, "")
+
+
+def find_golden(suite: Suite, mode: str, result: SuiteResult, options: Options) -> Golden:
+    """The named golden, or the most specific that fits the class claimed (or else observed) and the device."""
+    if options.golden:
+        return store.Place(suite.folder, options.golden).read()
+    observed = (result.observed or {}).get("compute_class", "unknown")
+    wanted = numerics.mode(mode).compute_class or observed
+    device = str(result.environment.get("device_class", ""))
+    return store.find(suite.folder, str(wanted), device).read()
+
+
+@contextmanager
+def live(suite: Suite, mode: str, options: Options, show: Progress) -> Iterator[Engine]:
+    """The suite's engine, opened: its model found or fetched, loaded in the mode's numerics."""
+    chosen = options.opener or opener(suite.engine, allow_code=options.allow_code)
+    files = None
+    if options.opener is None and needs_model(suite.engine):
+        files = models.resolve(suite.model, suite.folder, show.say)
+    spec = Spec(
+        mode=numerics.mode(mode),
+        max_new_tokens=suite.max_new_tokens,
+        folder=suite.folder,
+        model=files,
+        options=suite.engine_options,
+    )
+    with chosen(spec) as engine:
+        yield engine
+
+
+def environment(engine: Engine, suite: Suite) -> Fingerprint:
+    """Machine, engine and repository as they are now."""
+    return {**probe.machine(), **engine.facts(), "batch_size": suite.batch_size, **probe.commit(suite.folder)}
+
+
+def gather(
+    engine: Engine, suite: Suite, golden: Golden, result: SuiteResult, options: Options, show: Progress
+) -> Gathered:
+    """Run what the method asks for, and compare it with the golden (DESIGN section 5)."""
+    requests = _watching(_requests(engine, suite), golden)
+    comparable = {p.id for p in result.prompts if p.verdict == Verdict.IDENTICAL}
+    found = judging.unanswerable(engine.context_length, suite, requests, golden, comparable, options.allow_changed)
+    wanted = [i for i, p in enumerate(suite.prompts) if p.id in comparable and p.id not in found]
+    method = "decode" if engine.text_only and options.method == "auto" else options.method
+    replayed: Comparison | None = None
+    if method != "decode" and wanted:
+        replayed, failed = _replay(engine, golden, [requests[i] for i in wanted], show)
+        found |= failed
+    if method == "replay" or not wanted:
+        return Gathered(replayed, None, None, found)
+
+    places = set(wanted)
+    if replayed is not None:
+        doubted = judging.doubtful(replayed, golden)
+        sample = next(b for b in suite.batches() if places & set(b))  # fixed: the first batch that is asked for
+        places = {i for i in wanted if suite.prompts[i].id in doubted or i in sample}
+    now, failed = _decode_and_pack(engine, suite, requests, places, found, show)
+    found |= failed
+    decoded = compare_decode(golden.generation, now)
+    if replayed is None and not engine.text_only and decoded.differs.any():
+        # What parted is scored as well: only a replay sees the text beyond the first divergence.
+        parted = {name for name, differs in zip(decoded.ids, decoded.differs, strict=True) if differs}
+        replayed, failed = _replay(engine, golden, [r for r in requests if r.id in parted], show)
+        found |= failed
+    return Gathered(replayed, decoded, now, found)
+
+
+def _replay(
+    engine: Engine, golden: Golden, requests: Sequence[Request], show: Progress
+) -> tuple[Comparison, dict[str, str]]:
+    tick = show.phase("replay", sum(len(r.reference) for r in requests if r.reference is not None))
+    scores: list[Scores] = engine.replay(requests, tick)
+    failed = {s.id: s.error for s in scores if s.error}
+    return compare_replay(golden.generation, [s for s in scores if not s.error]), failed
+
+
+def _decode_and_pack(
+    engine: Engine, suite: Suite, requests: Sequence[Request], places: set[int], found: dict[str, str], show: Progress
+) -> tuple[Generation, dict[str, str]]:
+    """Decode every batch that holds one of the places, whole; keep what was asked for and has an answer."""
+    able = [r for r in requests if r.id not in found]
+    outputs = _decode(engine, suite, able, places, "decode", show)
+    failed = {o.id: o.error for o in outputs if o.error}
+    asked = {suite.prompts[i].id for i in places} - set(failed)
+    return Generation.of(able, [o for o in outputs if o.id in asked]), failed
+
+
+def _decode(
+    engine: Engine, suite: Suite, requests: Sequence[Request], places: set[int] | range, label: str, show: Progress
+) -> list[Output]:
+    by_id = {r.id: r for r in requests}
+    batches = [batch for batch in suite.batches() if any(i in places for i in batch)]
+    tick = show.phase(label, sum(map(len, batches)) * suite.max_new_tokens)
+    outputs: list[Output] = []
+    for batch in batches:
+        together = [by_id[suite.prompts[i].id] for i in batch if suite.prompts[i].id in by_id]
+        outputs += engine.generate(together, tick) if together else []
+    return outputs
+
+
+def _requests(engine: Engine, suite: Suite) -> list[Request]:
+    return [_request(engine, prompt) for prompt in suite.prompts]
+
+
+def _request(engine: Engine, prompt: Prompt) -> Request:
+    return Request(prompt.id, np.asarray(engine.encode(prompt), np.int32), prompt.content)
+
+
+def _watching(requests: Sequence[Request], golden: Golden | None) -> list[Request]:
+    """Requests that carry the golden's tokens, so that their log-probabilities are seen."""
+    if golden is None:
+        return list(requests)
+    place, g = golden.generation.index(), golden.generation
+    return [
+        replace(r, reference=g.tokens[g.span(place[r.id])], reference_runner_up=g.runner_up[g.span(place[r.id])])
+        if r.id in place
+        else r
+        for r in requests
+    ]
+
+
+def _envelope(
+    engine: Engine, compute_class: str, requests: Sequence[Request], generation: Generation, show: Progress
+) -> noise.Envelope:
+    """Replay what was just recorded under every benign change that the engine knows."""
+    own = [
+        replace(
+            r,
+            reference=generation.tokens[generation.span(i)],
+            reference_runner_up=generation.runner_up[generation.span(i)],
+        )
+        for i, r in enumerate(requests)
+    ]
+    replays = {}
+    for name, run in engine.benign():
+        replays[name] = run(own, show.phase(f"noise: {name}", len(generation.tokens)))
+    return noise.envelope(compute_class, generation, replays)
+
+
+def _previous(place: store.Place) -> Golden | None:
+    try:
+        return place.read()
+    except GoldenError:
+        return None
+
+
+def _leave_candidate(result: SuiteResult, suite: Suite, mode: str, options: Options, show: Progress) -> SuiteResult:
+    """A missing golden, and a folder where its candidate may be left."""
+    assert options.pending_folder is not None
+    folder = options.pending_folder / suite.folder.name
+    try:
+        left = record(suite, mode, options, show, folder)
+    except ReproError as exc:
+        return judging.broken(result, exc)
+    return replace(result, notes=(*result.notes, f"a candidate was left at {folder / left.golden}"))
+
+
+def identity_parts() -> list[str]:
+    """What `--repro-allow-changed` may name."""
+    return sorted(set(IDENTITY.values()))
+
+
+__all__ = [
+    "ConfigError", "Method", "Options", "Progress", "Silent", "check", "diff", "identity_parts", "record",
+]  # fmt: skip

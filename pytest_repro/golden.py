@@ -1,0 +1,316 @@
+"""A golden: a recorded generation, the fingerprint it came from, its noise envelope and its review. The wire format.
+
+The text part is JSON Lines for reviewers: a header, then one line a prompt. The binary part is safetensors with the
+per-token numbers in float32, since rounding what is stored would set the floor of what can be seen. The header holds
+the digest of the binary part and of all its own content, so that a golden edited by hand is known for one; the review
+holds a seal over what was accepted, by whom and why.
+
+Nothing here executes what it reads: JSON and safetensors only.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from safetensors.numpy import load as load_tensors
+from safetensors.numpy import save as save_tensors
+
+from . import schemas
+from .errors import GoldenError
+from .fingerprint import Fingerprint
+from .generation import Generation, digest, offsets_of
+from .noise import Envelope
+
+SCHEMA = 1
+KIND = "pytest-repro golden"
+
+Migration = Callable[[dict[str, Any], list[dict[str, Any]]], tuple[dict[str, Any], list[dict[str, Any]]]]
+MIGRATIONS: dict[int, Migration] = {}
+"""Schema version -> the function that lifts (header, lines) to the next version. None was needed yet."""
+
+_COLUMNS = {"logprob": np.float32, "gap": np.float32, "runner_up": np.int32}
+_UNSIGNED = ("digest", "review", "candidate")
+
+
+@dataclass(frozen=True)
+class Review:
+    """Who accepted a golden, when, and why."""
+
+    by: str
+    """Name and address from the git configuration."""
+    when: str
+    """ISO 8601, UTC."""
+    reason: str
+    """In the reviewer's words."""
+    previous: str | None
+    """Digest of the golden it replaced; None for the first."""
+    commit: str | None = None
+    """Commit that was checked out when it was accepted."""
+
+    def seal(self, accepted: str) -> str:
+        """Digest over this review and the content it accepted."""
+        return digest({"accepted": accepted, **vars(self)})
+
+
+@dataclass(frozen=True)
+class Golden:
+    """A golden, or a candidate for one (`review` is None)."""
+
+    suite: str
+    model: str
+    """The model reference as the suite spells it."""
+    compute_class: str
+    """As observed: bf16, fp16, fp32, ..."""
+    device_class: str
+    """`cpu`, `cuda-sm90`, ...: empty if the golden holds for every device."""
+    numerics: str
+    """The mode it was recorded in."""
+    max_new_tokens: int
+    batch_size: int
+    fingerprint: Fingerprint
+    generation: Generation
+    scores: tuple[bool | None, ...]
+    """Whether each prompt's answer was right; None if it is not scored."""
+    noise: Envelope
+    review: Review | None = None
+    candidate: Mapping[str, Any] | None = None
+    """Of a pending golden: how it compares with the one it would replace."""
+    digest: str = ""
+    """Digest of the content; set by `encode` and `decode`."""
+
+    @property
+    def stem(self) -> str:
+        """File name without endings: `bf16`, or `bf16@cuda-sm90`."""
+        return self.compute_class + (f"@{self.device_class}" if self.device_class else "")
+
+    @property
+    def accuracy(self) -> float | None:
+        """Percent of the scored prompts that were right."""
+        scored = [s for s in self.scores if s is not None]
+        return 100 * sum(scored) / len(scored) if scored else None
+
+
+def encode(golden: Golden) -> tuple[bytes, bytes]:
+    """A golden as (text part, binary part), its digests and seal computed."""
+    g = golden.generation
+    columns = {name: np.asarray(getattr(g, name), dtype) for name, dtype in _COLUMNS.items()}
+    numbers = save_tensors({**columns, "offsets": g.offsets, "noise.prompt_level": golden.noise.prompt_level})
+    lines = [
+        {
+            "id": g.ids[i],
+            "content_digest": g.content_digests[i],
+            "prompt_digest": g.prompt_digests[i],
+            "tokens": g.tokens[g.span(i)].tolist(),
+            "text": g.texts[i],
+            "finish_reason": g.finish_reasons[i],
+            "score": golden.scores[i],
+        }
+        for i in range(len(g))
+    ]
+    header: dict[str, Any] = {
+        "schema": SCHEMA,
+        "kind": KIND,
+        "suite": golden.suite,
+        "model": golden.model,
+        "compute_class": golden.compute_class,
+        "device_class": golden.device_class,
+        "numerics": golden.numerics,
+        "generation": {"max_new_tokens": golden.max_new_tokens, "batch_size": golden.batch_size},
+        "fingerprint": dict(sorted(golden.fingerprint.items())),
+        "noise": golden.noise.to_json(),
+        "metrics": {"accuracy": golden.accuracy, "mean_tokens": float(np.diff(g.offsets).mean())},
+        "prompts": len(g),
+        "numbers": digest(numbers),
+    }
+    body = [_line(line) for line in lines]
+    header["digest"] = content_digest(header, body)
+    header["review"] = None
+    if golden.review is not None:
+        header["review"] = {**vars(golden.review), "seal": golden.review.seal(header["digest"])}
+    if golden.candidate is not None:
+        header["candidate"] = dict(golden.candidate)
+    return b"".join([_line(header), *body]), numbers
+
+
+def content_digest(header: Mapping[str, Any], body: Sequence[bytes]) -> str:
+    """Digest of what a review accepts: the header without digest, review and candidate, and every line's bytes."""
+    signed = {k: v for k, v in header.items() if k not in _UNSIGNED}
+    return digest(b"\n".join([digest(signed).encode(), *(line.rstrip(b"\r\n") for line in body)]))
+
+
+def _line(data: Mapping[str, Any]) -> bytes:
+    # Control characters and non-ASCII text are escaped: model text stays inert in a terminal or a diff.
+    return json.dumps(data, ensure_ascii=True, allow_nan=False, separators=(", ", ": ")).encode() + b"\n"
+
+
+def decode(text: bytes, numbers: bytes | None, where: str, *, regenerate: str = "") -> Golden:
+    """Read a golden and hold it against its digests, its seal and its schema.
+
+    Args:
+        text: the text part.
+        numbers: the binary part; None if the file is not there.
+        where: the text part's path, for messages.
+        regenerate: the command that records it anew, for messages.
+
+    Raises:
+        GoldenError: not a golden, of a newer schema, edited by hand, truncated, or parts that disagree.
+    """
+    raw = [line for line in text.split(b"\n") if line.strip()]
+    header, lines = _parse(raw, where, regenerate)
+    if content_digest(header, raw[1:]) != header.get("digest"):
+        raise GoldenError(
+            "this golden was edited by hand: its content does not match its digest",
+            where=where,
+            fix=f"git checkout -- {where}   or record it anew: {regenerate}",
+        )
+    header, lines = _migrate(header, lines, where)
+    _validate(header, lines, where)
+    review = _review(header, where)
+    tensors = _numbers(header, lines, numbers, where, regenerate)
+    return _build(header, lines, tensors, review)
+
+
+def _parse(raw: Sequence[bytes], where: str, regenerate: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    rows = []
+    for number, line in enumerate(raw, 1):
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as exc:
+            raise GoldenError(f"not valid JSON: {exc}", where=f"{where}:{number}", fix=regenerate) from None
+        if not isinstance(row, dict):
+            raise GoldenError("not a JSON object", where=f"{where}:{number}", fix=regenerate)
+        rows.append(row)
+    if not rows or rows[0].get("kind") != KIND:
+        raise GoldenError("this is not a pytest-repro golden", where=f"{where}:1", fix=regenerate)
+    version = rows[0].get("schema")
+    if not isinstance(version, int) or version > SCHEMA:
+        raise GoldenError(
+            f"this golden has schema {version!r}, and this pytest-repro reads up to {SCHEMA}",
+            where=f"{where}:1 [schema]",
+            fix="pip install -U pytest-repro",
+        )
+    return rows[0], rows[1:]
+
+
+def _migrate(
+    header: dict[str, Any], lines: list[dict[str, Any]], where: str
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    while header["schema"] < SCHEMA:
+        step = MIGRATIONS.get(header["schema"])
+        if step is None:
+            raise GoldenError(f"no migration from schema {header['schema']}", where=where, fix="record it anew")
+        header, lines = step(header, lines)
+    return header, lines
+
+
+def _validate(header: dict[str, Any], lines: list[dict[str, Any]], where: str) -> None:
+    error = schemas.first_error(header, "golden", "header")
+    if error is not None:
+        name = ".".join(map(str, error.absolute_path))
+        raise GoldenError(schemas.describe(error), where=f"{where}:1 [{name}]")
+    validate_line = schemas.validator("golden", "line").iter_errors
+    seen: set[str] = set()
+    for number, line in enumerate(lines, 2):
+        # Token lists are long: numpy checks them at once in `_build`, the schema checks the rest.
+        error = next(validate_line({**line, "tokens": []} if isinstance(line.get("tokens"), list) else line), None)
+        if error is not None:
+            name = ".".join(map(str, error.absolute_path))
+            raise GoldenError(schemas.describe(error), where=f"{where}:{number} [{name}]")
+        if line["id"] in seen:
+            raise GoldenError(f"duplicate id {line['id']!r}", where=f"{where}:{number} [id]")
+        seen.add(line["id"])
+        tokens = np.asarray(line["tokens"]) if line["tokens"] else np.zeros(0, int)
+        if (
+            tokens.dtype.kind != "i"
+            or tokens.ndim != 1
+            or (len(tokens) and not 0 <= tokens.min() <= tokens.max() < 2**31)
+        ):
+            raise GoldenError("tokens must be non-negative integers", where=f"{where}:{number} [tokens]")
+    if len(lines) != header["prompts"]:
+        raise GoldenError(
+            f"{header['prompts']} prompts announced, {len(lines)} lines found", where=f"{where}:1 [prompts]"
+        )
+
+
+def _review(header: Mapping[str, Any], where: str) -> Review | None:
+    if header["review"] is None:
+        return None
+    data = dict(header["review"])
+    seal = data.pop("seal")
+    review = Review(**data)
+    if review.seal(header["digest"]) != seal:
+        raise GoldenError(
+            "its review does not match its content: it was edited by hand, or copied from another golden",
+            where=f"{where}:1 [review.seal]",
+            fix=f"git checkout -- {where}",
+        )
+    return review
+
+
+def _numbers(
+    header: Mapping[str, Any], lines: Sequence[Mapping[str, Any]], numbers: bytes | None, where: str, regenerate: str
+) -> dict[str, Any]:
+    binary = where.removesuffix(".jsonl") + ".safetensors"
+    if numbers is None:
+        raise GoldenError("the binary part is missing", where=binary, fix=f"git checkout -- {binary}   or {regenerate}")
+    if digest(numbers) != header["numbers"]:
+        raise GoldenError(
+            "the binary part is not the one this golden was recorded with: truncated, edited, or of another version",
+            where=binary,
+            fix=f"git checkout -- {binary}   (with git-lfs: git lfs pull)   or {regenerate}",
+        )
+    try:
+        tensors: dict[str, Any] = load_tensors(numbers)
+    except Exception as exc:  # safetensors raises its own SafetensorError and several built-in ones
+        raise GoldenError(f"the binary part cannot be read: {exc}", where=binary, fix=regenerate) from None
+    expected = offsets_of(len(line["tokens"]) for line in lines)
+    shapes = {"offsets": expected.shape, "noise.prompt_level": (len(lines),)}
+    shapes |= {name: (int(expected[-1]),) for name in _COLUMNS}
+    for name, shape in shapes.items():
+        found = tensors.get(name)
+        if found is None or found.shape != shape or (name == "offsets" and not np.array_equal(found, expected)):
+            raise GoldenError(f"text and binary parts disagree about {name}", where=binary, fix=regenerate)
+    return tensors
+
+
+def _build(
+    header: Mapping[str, Any], lines: Sequence[Mapping[str, Any]], tensors: Mapping[str, Any], review: Review | None
+) -> Golden:
+    flat = [np.asarray(line["tokens"], np.int32) for line in lines]
+    generation = Generation(
+        ids=tuple(line["id"] for line in lines),
+        prompt_digests=tuple(line["prompt_digest"] for line in lines),
+        content_digests=tuple(line["content_digest"] for line in lines),
+        texts=tuple(line["text"] for line in lines),
+        finish_reasons=tuple(line["finish_reason"] for line in lines),
+        offsets=np.asarray(tensors["offsets"], np.int64),
+        tokens=np.concatenate([np.zeros(0, np.int32), *flat]),
+        logprob=np.asarray(tensors["logprob"], np.float32),
+        gap=np.asarray(tensors["gap"], np.float32),
+        runner_up=np.asarray(tensors["runner_up"], np.int32),
+    )
+    return Golden(
+        suite=header["suite"],
+        model=header["model"],
+        compute_class=header["compute_class"],
+        device_class=header["device_class"],
+        numerics=header["numerics"],
+        max_new_tokens=header["generation"]["max_new_tokens"],
+        batch_size=header["generation"]["batch_size"],
+        fingerprint=header["fingerprint"],
+        generation=generation,
+        scores=tuple(line["score"] for line in lines),
+        noise=Envelope.from_json(header["noise"], np.asarray(tensors["noise.prompt_level"], np.float32)),
+        review=review,
+        candidate=header.get("candidate"),
+        digest=header["digest"],
+    )
+
+
+def accepted(golden: Golden, review: Review) -> Golden:
+    """The golden with a review and without its candidate notes."""
+    return replace(golden, review=review, candidate=None)

@@ -1,0 +1,123 @@
+"""The envelope of benign differences: what the same model does to its own golden when nothing but numerics changes.
+
+It is measured when a golden is recorded: the golden's tokens are replayed under other batch sizes, thread counts and
+attention kernels, and as prefill instead of decode. What those replays moved is what rounding can move.
+
+A first version. It knows a largest change of the gap (the tail) and a typical |Δlogp| of each prompt (the bulk).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .comparison import compare_replay
+from .generation import Generation, Scores
+
+BULK_RATIO = {"fp32": 10.0, "exact": 1.0}
+"""How many times a prompt's own benign mean |Δlogp| still counts as benign, by compute class; see `bulk_ratio`."""
+BULK_RATIO_16_BIT = 2.0
+
+
+def bulk_ratio(compute_class: str) -> float:
+    """How many times its benign level a prompt's mean |Δlogp| may be before rounding no longer explains it.
+
+    FP32 noise is the order of summation alone, and grew threefold between instruction sets (docs/decisions/0003).
+    16-bit noise is the rounding of stored results, which every kernel does alike.
+    """
+    return BULK_RATIO.get(compute_class, BULK_RATIO_16_BIT)
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One benign change, and what it moved over the whole suite."""
+
+    name: str
+    """What was changed, e.g. `replay, batch size 1`."""
+    mean_abs_dlogp: float
+    max_abs_dlogp: float
+    max_abs_dgap: float
+    max_deficit: float
+    flipped_prompts: int
+    """Prompts with at least one token that would be chosen otherwise."""
+
+
+@dataclass(frozen=True)
+class Envelope:
+    """What rounding was seen to do to one golden."""
+
+    compute_class: str
+    variants: tuple[Variant, ...]
+    prompt_level: NDArray[np.float32]
+    """Each prompt's own benign mean |Δlogp|, nats: the mean over the variants; shape (P,)."""
+
+    @property
+    def max_deficit(self) -> float:
+        """The largest deficit that rounding explains, nats: no gap was seen to change by more.
+
+        A token flips when its gap changes by more than the gap was wide, and its deficit is what is left over: hence a
+        deficit is bounded by the change of a gap.
+        """
+        return max((max(v.max_abs_dgap, v.max_deficit) for v in self.variants), default=0.0)
+
+    @property
+    def mean_abs_dlogp(self) -> float:
+        """Typical benign |Δlogp| of the suite, nats."""
+        return float(np.mean([v.mean_abs_dlogp for v in self.variants])) if self.variants else 0.0
+
+    def level(self, row: int) -> float:
+        """The benign level a prompt is held against, nats.
+
+        Its own, but never below the suite's: a short answer may have been measured as calm by luck.
+        """
+        own = float(self.prompt_level[row]) if row < len(self.prompt_level) else np.nan
+        return max(own, self.mean_abs_dlogp) if np.isfinite(own) else self.mean_abs_dlogp
+
+    def to_json(self) -> dict[str, Any]:
+        """The part that stands in a golden's header; `prompt_level` goes to the binary part."""
+        return {
+            "compute_class": self.compute_class,
+            "max_deficit": self.max_deficit,
+            "mean_abs_dlogp": self.mean_abs_dlogp,
+            "variants": [vars(v) for v in self.variants],
+        }
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any], prompt_level: NDArray[np.float32]) -> Envelope:
+        """Inverse of `to_json`."""
+        return cls(data["compute_class"], tuple(Variant(**v) for v in data["variants"]), prompt_level)
+
+
+def envelope(compute_class: str, golden: Generation, replays: Mapping[str, Sequence[Scores]]) -> Envelope:
+    """Sum up the replays of a golden under benign changes.
+
+    Args:
+        compute_class: of the golden.
+        golden: what was recorded; the replays are compared with it.
+        replays: name of the change -> scores of every prompt, in the golden's order.
+    """
+    variants, levels = [], []
+    for name, scores in replays.items():
+        seen = compare_replay(golden, scores)
+        levels.append(seen.mean_abs_dlogp)
+        variants.append(
+            Variant(
+                name=name,
+                mean_abs_dlogp=_safe(np.nanmean, seen.mean_abs_dlogp),
+                max_abs_dlogp=_safe(np.nanmax, seen.max_abs_dlogp),
+                max_abs_dgap=_safe(np.nanmax, seen.max_abs_dgap),
+                max_deficit=_safe(np.nanmax, seen.deficit),
+                flipped_prompts=int(seen.differs.sum()),
+            )
+        )
+    level = np.mean(levels, axis=0) if levels else np.zeros(len(golden))
+    return Envelope(compute_class, tuple(variants), level.astype(np.float32))
+
+
+def _safe(reduce: Any, values: NDArray[np.float64]) -> float:
+    finite = values[np.isfinite(values)]
+    return float(reduce(finite)) if len(finite) else 0.0

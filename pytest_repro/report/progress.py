@@ -1,0 +1,76 @@
+"""How far a run is: a bar on a terminal, a line a phase in a log."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, TextIO
+
+
+class Display:
+    """A `gate.Progress` that writes to a stream, past pytest's capturing."""
+
+    def __init__(
+        self,
+        label: str,
+        stream: TextIO,
+        uncaptured: Callable[[], AbstractContextManager[Any]] | None = None,
+        quiet: bool = False,
+    ) -> None:
+        self.label, self.stream, self.quiet = label, stream, quiet
+        self.uncaptured = uncaptured or nullcontext
+        self.bar: Any = None
+        self.started = 0.0
+        self.shown = 0.0
+        self.done = 0
+        self.phase_name = ""
+        self.first = True
+
+    def say(self, line: str) -> None:
+        """One line of its own."""
+        if not self.quiet:
+            self._write(f"{self.label}: {line}\n")
+
+    def phase(self, label: str, total: int) -> Callable[[int], None]:
+        """Start a phase, ending the one before."""
+        self.close()
+        self.phase_name, self.started, self.done = label, time.monotonic(), 0
+
+        def tick(tokens: int) -> None:
+            self.done += tokens
+            self._show(total)
+
+        return tick
+
+    def close(self) -> None:
+        """End the last phase with a line that says how long it took."""
+        if self.phase_name and not self.quiet:
+            seconds = time.monotonic() - self.started
+            rate = self.done / seconds if seconds > 0 else 0.0
+            self._write(
+                f"{self._start()}{self.label}: {self.phase_name}: {self.done} tokens, {seconds:.1f} s, {rate:.0f} tokens/s\n"
+            )
+        self.phase_name = ""
+
+    def _show(self, total: int) -> None:
+        """On a terminal, the running line; it is rewritten ten times a second at most."""
+        with self.uncaptured():
+            if self.quiet or not self.stream.isatty() or time.monotonic() - self.shown < 0.1:
+                return
+            self.shown = time.monotonic()
+            share = min(1.0, self.done / total) if total else 1.0
+            left = (self.shown - self.started) * (1 - share) / share if share else 0.0
+            bar = "█" * round(20 * share) + "░" * (20 - round(20 * share))
+            self.stream.write(f"{self._start()}{self.label}: {self.phase_name} {bar} {share:4.0%}  {left:.0f} s left")
+            self.stream.flush()
+
+    def _start(self) -> str:
+        return "\r\033[K" if self.stream.isatty() else ""
+
+    def _write(self, text: str) -> None:
+        with self.uncaptured():
+            if self.first:
+                text, self.first = f"\n{text}", False  # pytest's own line of dots is not finished yet
+            self.stream.write(text)
+            self.stream.flush()

@@ -1,0 +1,154 @@
+"""The terminal section of a suite: everything an engineer needs at night, worst first, and the command to run next."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from .text import inert
+
+Line = tuple[str, str]
+"""(text, style): style is "", "red", "yellow", "green" or "bold"."""
+
+_ORDER = ("error", "incomparable", "missing", "drift", "near_tie", "waived", "identical")
+_STYLE = {
+    "error": "red",
+    "incomparable": "red",
+    "missing": "red",
+    "drift": "red",
+    "near_tie": "yellow",
+    "waived": "yellow",
+}
+_WITHOUT_TEXT = ("error", "incomparable", "missing")
+MOST_PROMPTS = 10
+MOST_SUSPECTS = 6
+
+
+def title(suite: Mapping[str, Any]) -> str:
+    """Heading of a suite's section."""
+    return f"repro: {suite['path']} [{suite['numerics']}]"
+
+
+def lines(suite: Mapping[str, Any], *, verbose: bool = False) -> Iterator[Line]:
+    """The section of one suite. A suite that passed without a difference takes two lines."""
+    yield from _head(suite)
+    shown = sorted(
+        (p for p in suite["prompts"] if p["verdict"] != "identical"),
+        key=lambda p: (_ORDER.index(p["verdict"]), -(p["deficit"] if p["deficit"] is not None else float("inf"))),
+    )
+    yield from _same_reason(shown) if _all_alike(shown) else _prompts(shown, verbose)
+    differs = bool(shown) or suite["verdict"] == "fail"
+    if differs:
+        yield from _environment(suite, verbose)
+    for check in suite["checks"]:
+        loud = check["status"] == "fail" or (
+            differs and check["status"] == "pass" and check["name"] in ("accuracy", "compute")
+        )
+        if loud or verbose:
+            mark = {"fail": "FAIL ", "skip": "", "pass": ""}[check["status"]]
+            first, *rest = check["message"].splitlines()
+            yield f"{check['name']:<13} {mark}{inert(first)}", "red" if mark else ""
+            yield from ((f"{'':<13} {inert(line)}", "") for line in rest)
+    for note in suite["notes"]:
+        yield f"{'note':<13} {inert(note)}", ""
+    for i, step in enumerate(suite["next_steps"]):
+        when = f"   {step['when']}" if step["when"] else ""
+        yield f"{'next' if i == 0 else '':<13} {step['command']}{when}", "bold"
+
+
+def _head(suite: Mapping[str, Any]) -> Iterator[Line]:
+    golden, failed = suite["golden"], suite["verdict"] == "fail"
+    against = ""
+    if golden:
+        against = f" against {golden['name']}.golden ({str(golden['recorded'])[:10]}, {golden['engine']}, batch {golden['batch_size']})"
+    asked = len(suite["prompts"])
+    count = f"{asked} prompts" if asked == suite["size"] else f"{asked} of {suite['size']} prompts"
+    yield f"{'FAIL' if failed else 'PASS'}  {count}{against}, {suite['seconds']:.0f} s", "red" if failed else "green"
+    counts = " · ".join(f"{suite['counts'][v]} {v}" for v in reversed(_ORDER) if suite["counts"].get(v))
+    rules = "; ".join(suite["failures"])
+    yield f"      {counts}" + (f"            {rules}" if rules else ""), ""
+
+
+def _all_alike(shown: list[Mapping[str, Any]]) -> bool:
+    return (
+        len(shown) > 1 and all(p["verdict"] in _WITHOUT_TEXT for p in shown) and len({p["reason"] for p in shown}) == 1
+    )
+
+
+def _same_reason(shown: list[Mapping[str, Any]]) -> Iterator[Line]:
+    """One cause that struck every prompt is told once."""
+    first = shown[0]
+    yield f"{first['verdict']:<13} all {len(shown)}: {inert(first['reason'])}", "red"
+
+
+def _prompts(shown: list[Mapping[str, Any]], verbose: bool) -> Iterator[Line]:
+    kept = shown if verbose else shown[:MOST_PROMPTS]
+    for prompt in kept:
+        yield from prompt_lines(prompt)
+    if len(shown) > len(kept):
+        yield f"{'':<13} … and {len(shown) - len(kept)} more: -v shows all, --repro-report-json FILE keeps all", ""
+
+
+def prompt_lines(p: Mapping[str, Any]) -> Iterator[Line]:
+    """One prompt: where it parts, by how much, and both continuations."""
+    style = _STYLE.get(p["verdict"], "")
+    if p["divergence_index"] is None:
+        yield f"{p['verdict']:<13} {p['id']}  {inert(p['reason'])}", style
+        return
+    gap = "" if p["golden_gap"] is None else f", golden's gap {_number(p['golden_gap'])}"
+    deficit = "unknown" if p["deficit"] is None else _number(p["deficit"])
+    later = "" if p["deficit_index"] in (None, p["divergence_index"]) else f" (largest, at token {p['deficit_index']})"
+    yield (
+        f"{p['verdict']:<13} {p['id']}  diverges at token {p['divergence_index']} of {p['tokens']}: deficit {deficit}{later}{gap}",
+        style,
+    )
+    if p["verdict"] == "drift":
+        yield f"{'':<13} {inert(p['reason'])}", ""
+    for name, texts in (("golden", p["golden_text"]), ("now", p["now_text"])):
+        if texts:
+            yield (
+                f"{'':<13} {name:<7} … {inert(texts['before'], 48)}|{inert(texts['token'])}|{inert(texts['after'])}",
+                "",
+            )
+
+
+def _environment(suite: Mapping[str, Any], verbose: bool) -> Iterator[Line]:
+    changes = [c for c in suite["environment_diff"] if verbose or c["cls"] != "information"]
+    if not changes:
+        if suite["golden"]:
+            yield f"{'environment':<13} {suite['equal_fields']} fields are equal: no suspect there", ""
+        return
+    kept = changes if verbose else changes[:MOST_SUSPECTS]
+    width = max(len(c["field"]) for c in kept)
+    for i, change in enumerate(kept):
+        values = f"{_short(change['golden'])} -> {_short(change['now'])}"
+        tail = f"        suspects first; {suite['equal_fields']} other fields are equal" if i == 0 else ""
+        identity = "   (identity)" if change["cls"] == "identity" else ""
+        yield f"{'environment' if i == 0 else '':<13} {change['field']:<{width}}  {values}{identity}{tail}", ""
+    if len(changes) > len(kept):
+        yield f"{'':<13} … and {len(changes) - len(kept)} more", ""
+
+
+def _short(value: Any) -> str:
+    text = "(not there)" if value is None else inert(str(value))
+    for prefix in ("gguf-sha256:", "sha256:"):
+        if text.startswith(prefix):
+            return text[: len(prefix) + 8] + "…"
+    return text if len(text) <= 48 else text[:47] + "…"
+
+
+def _number(value: float) -> str:
+    return f"{value:.3g}"
+
+
+def recording(r: Mapping[str, Any]) -> Iterator[Line]:
+    """A candidate that was recorded."""
+    changed = "nothing to compare with" if r["changed"] is None else f"{r['changed']} prompts changed"
+    accuracy = "" if r["accuracy"] is None else f", accuracy {r['accuracy']:.1f} %"
+    yield f"recorded  {r['prompts']} prompts as {r['golden']}: {changed}{accuracy}, {r['seconds']:.0f} s", "yellow"
+    noise = r["noise"]
+    yield (
+        f"          benign noise: mean |Δlogp| {noise['mean_abs_dlogp']:.2g}, largest change of a gap {noise['max_deficit']:.2g}",
+        "",
+    )
+    yield f"next      pytest-repro review {r['path']}", "bold"

@@ -1,0 +1,33 @@
+"""Model output is untrusted text: nothing of it may act in a terminal or a CI log."""
+
+from __future__ import annotations
+
+import unicodedata
+
+_ACTIVE = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}
+"""Unicode categories that steer a terminal, reorder text or break a line."""
+
+
+def inert(text: str, limit: int = 0) -> str:
+    """The text on one line, with everything that could act spelt out.
+
+    Line breaks become `⏎`; other control, format (bidirectional overrides, zero-width) and unassigned characters become
+    escapes; `##[`, which the GitHub runner reads anywhere in a line, is broken up. (`::` acts at the start of a line
+    only, where this package never puts model text.)
+
+    Args:
+        text: anything.
+        limit: most characters to keep, from the end; 0 keeps all.
+    """
+    kept = text[-limit:] if limit and len(text) > limit else text
+    shown = "".join(_shown(char) for char in kept.replace("\r\n", "\n"))
+    return shown.replace("##[", "#\\x23[")
+
+
+def _shown(char: str) -> str:
+    if char == "\n":
+        return "⏎"
+    if unicodedata.category(char) not in _ACTIVE:
+        return char
+    code = ord(char)
+    return f"\\x{code:02x}" if code < 256 else f"\\u{code:04x}" if code < 65536 else f"\\U{code:08x}"

@@ -1,0 +1,128 @@
+"""What a check found, as values: the report is made from them, and nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from .fingerprint import Change, Fingerprint
+from .suite import Thresholds
+from .verdict import ALWAYS_FAIL, Failure, Verdict, failures
+
+
+@dataclass(frozen=True)
+class Texts:
+    """A continuation around the first divergence, three pieces of untrusted model text."""
+
+    before: str
+    token: str
+    after: str
+
+
+@dataclass(frozen=True)
+class PromptResult:
+    """One prompt, judged. Numbers are None where they are unknown or do not apply."""
+
+    id: str
+    verdict: Verdict
+    reason: str = ""
+    method: str = ""
+    """`replay`, `decode`, `replay+decode`; empty if nothing ran."""
+    tokens: int | None = None
+    """Length of the golden's answer."""
+    divergence_index: int | None = None
+    deficit: float | None = None
+    deficit_index: int | None = None
+    golden_gap: float | None = None
+    mean_abs_dlogp: float | None = None
+    benign_dlogp: float | None = None
+    """The prompt's benign mean |Δlogp|."""
+    golden_text: Texts | None = None
+    now_text: Texts | None = None
+    score_golden: bool | None = None
+    score_now: bool | None = None
+
+
+@dataclass(frozen=True)
+class Check:
+    """One check of the whole suite: `golden`, `compute`, `accuracy` or `length`."""
+
+    name: str
+    status: str
+    """`pass`, `fail`, `skip` (not judged)."""
+    message: str
+
+
+@dataclass(frozen=True)
+class SuiteResult:
+    """One suite in one numerics mode."""
+
+    name: str
+    path: str
+    """The suite's folder as the user named it."""
+    numerics: str
+    thresholds: Thresholds
+    size: int
+    """Prompts in the suite, selected or not."""
+    prompts: tuple[PromptResult, ...]
+    checks: tuple[Check, ...]
+    golden: Mapping[str, Any] | None = None
+    """Name, digest, review and settings of the golden used; None without one."""
+    observed: Mapping[str, Any] | None = None
+    """The probe's observation; None if the model was never loaded."""
+    environment: Fingerprint = field(default_factory=dict)
+    environment_diff: tuple[Change, ...] = ()
+    equal_fields: int = 0
+    envelope_deficit: float | None = None
+    metrics: Mapping[str, float | int | None] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+    """Things to know that fail nothing: a fallback golden, unused prompts, waivers."""
+    seconds: float = 0.0
+    next_steps: tuple[tuple[str, str], ...] = ()
+    """(command, when to run it)."""
+
+    @property
+    def counts(self) -> dict[Verdict, int]:
+        """Verdict -> number of prompts."""
+        found: dict[Verdict, int] = {}
+        for prompt in self.prompts:
+            found[prompt.verdict] = found.get(prompt.verdict, 0) + 1
+        return found
+
+    @property
+    def failures(self) -> list[Failure]:
+        """Rules on prompts that fail."""
+        return failures(self.counts, self.thresholds, self.size)
+
+    @property
+    def passed(self) -> bool:
+        """No rule and no check fails."""
+        return not self.failures and all(check.status != "fail" for check in self.checks)
+
+    def failing_rule(self, prompt: PromptResult) -> Failure | None:
+        """The rule that makes this prompt's test item fail."""
+        return next((f for f in self.failures if prompt.verdict in f.verdicts), None)
+
+    @property
+    def compared(self) -> bool:
+        """Whether any prompt could be compared at all."""
+        return any(p.verdict not in ALWAYS_FAIL for p in self.prompts)
+
+
+@dataclass(frozen=True)
+class Recording:
+    """A candidate that was recorded."""
+
+    name: str
+    path: str
+    numerics: str
+    golden: str
+    """File name of the pending golden."""
+    prompts: int
+    changed: int | None
+    """Prompts whose tokens differ from the golden it would replace; None if there is none to compare with."""
+    accuracy: float | None
+    noise: Mapping[str, float]
+    seconds: float
+    environment: Fingerprint = field(default_factory=dict)

@@ -1,0 +1,46 @@
+"""The JSON Schemas of suite, golden and report, and the one way to check data against them."""
+
+from __future__ import annotations
+
+import json
+from functools import cache
+from importlib import resources
+from typing import Any
+
+from jsonschema import Draft202012Validator
+from jsonschema.exceptions import ValidationError
+
+
+@cache
+def validator(name: str, definition: str = "") -> Draft202012Validator:
+    """The validator of `<name>.schema.json`, or of one of its `$defs`."""
+    schema = json.loads(resources.files(__package__).joinpath(f"{name}.schema.json").read_text("utf-8"))
+    if definition:
+        schema = {"$ref": f"#/$defs/{definition}", "$defs": schema["$defs"]}
+    return Draft202012Validator(schema)
+
+
+def first_error(data: Any, name: str, definition: str = "") -> ValidationError | None:
+    """The deepest, most telling violation, or None: (path in `.absolute_path`, text in `.message`)."""
+    errors = sorted(
+        validator(name, definition).iter_errors(data), key=lambda e: (-len(e.absolute_path), str(e.message))
+    )
+    return errors[0] if errors else None
+
+
+def describe(error: ValidationError) -> str:
+    """A violation as one short sentence: the whole offending value is never printed."""
+    if error.validator == "additionalProperties":
+        known = error.schema.get("properties", {})
+        unknown = sorted(set(error.instance) - set(known))
+        return f"unknown key {unknown[0]!r}; known keys: {', '.join(sorted(known))}"
+    if error.validator == "required":
+        return str(error.message)
+    value = json.dumps(error.instance, default=str)
+    shown = value if len(value) <= 60 else value[:57] + "..."
+    if error.validator == "enum":
+        return f"{shown} is not one of: {', '.join(map(str, error.validator_value))}"
+    if error.validator in ("anyOf", "oneOf"):
+        wanted = error.schema.get("description", "of the expected kind")
+        return f"{shown} is not {wanted}"
+    return f"{shown} is not allowed here: {error.validator} {error.validator_value}"

@@ -1,0 +1,302 @@
+"""What is asked: a suite is a folder with `suite.toml` and a JSON Lines file of prompts.
+
+A suite is data from a pull request: it is validated against `schemas/suite.schema.json`, no path in it may leave its
+folder, and nothing in it runs code unless the user opted in (see `accuracy.scorer`).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import tomllib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from . import schemas
+from .errors import ConfigError
+
+SUITE_FILE = "suite.toml"
+SUITE_ITEMS = ("golden", "compute", "accuracy", "length")
+"""Names of the checks of a whole suite, which stand beside its prompts as test items: no prompt may be called so."""
+
+Waiver = Literal["explained", "all", "none"]
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One question."""
+
+    id: str
+    """Unique within the suite; becomes the test item's name."""
+    content: str | list[dict[str, str]]
+    """Text, put to the model as one user message if it has a chat template; or chat messages."""
+    answer: str | None = None
+    """The right answer, if it is to be scored."""
+
+
+@dataclass(frozen=True)
+class Thresholds:
+    """When a suite fails (DESIGN section 4). A limit is a count if an int, a share of the suite's prompts if a float."""
+
+    max_divergent: int | float = 0
+    """Prompts whose output differs at all: near_tie + drift."""
+    max_unexplained: int | float = 0
+    """Prompts whose difference rounding cannot explain: drift."""
+    accuracy_drop: float = 2.0
+    """Points of accuracy that may be lost before the paired test is asked."""
+    alpha: float = 0.05
+    """Level of the paired accuracy test."""
+    length_ratio: tuple[float, float] = (0.9, 1.1)
+    """Allowed ratio of the mean output length to the golden's."""
+    fp32_waiver: Waiver = "explained"
+    """What observed FP32-class compute waives: differences that rounding explains, all output differences, or none."""
+
+
+@dataclass(frozen=True)
+class Overrides:
+    """What a test keyword or the command line puts in the suite's place; None leaves it alone."""
+
+    model: str | None = None
+    engine: str | None = None
+    numerics: tuple[str, ...] | None = None
+    batch_size: int | None = None
+    max_new_tokens: int | None = None
+    thresholds: Mapping[str, Any] = field(default_factory=dict)
+
+    def under(self, stronger: Overrides) -> Overrides:
+        """These overrides, with those of a stronger source on top."""
+        chosen = {
+            name: getattr(stronger, name) if getattr(stronger, name) is not None else getattr(self, name)
+            for name in ("model", "engine", "numerics", "batch_size", "max_new_tokens")
+        }
+        return Overrides(**chosen, thresholds={**self.thresholds, **stronger.thresholds})
+
+
+@dataclass(frozen=True)
+class Suite:
+    """Prompts, the model they are put to, how it generates, and when the result fails."""
+
+    name: str
+    folder: Path
+    """Where the suite lies, and its goldens beside it."""
+    model: str
+    """A model reference, see `models`."""
+    prompts: tuple[Prompt, ...]
+    engine: str = "transformers"
+    engine_options: Mapping[str, Any] = field(default_factory=dict)
+    scorer: str = "last-number"
+    pattern: str = ""
+    """Regular expression of the `regex` scorer."""
+    max_new_tokens: int = 96
+    batch_size: int = 8
+    numerics: tuple[str, ...] = ("native",)
+    thresholds: Mapping[str, Thresholds] = field(default_factory=lambda: {"": Thresholds()})
+    """By compute class; the key "" holds for classes without overrides of their own."""
+
+    def thresholds_for(self, compute_class: str) -> Thresholds:
+        """The thresholds of one compute class."""
+        return self.thresholds.get(compute_class, self.thresholds[""])
+
+    def batches(self) -> Iterator[tuple[int, ...]]:
+        """Places of the prompts of each batch: the file's order, always whole, whatever subset is asked for."""
+        for start in range(0, len(self.prompts), self.batch_size):
+            yield tuple(range(start, min(start + self.batch_size, len(self.prompts))))
+
+
+def load(path: Path, overrides: Overrides | None = None, defaults: Mapping[str, Any] | None = None) -> Suite:
+    """Read a suite from its folder or its `suite.toml`.
+
+    Args:
+        path: the folder, or the file in it.
+        overrides: test keywords and command line; stronger than the file.
+        defaults: the table `[tool.pytest-repro]` of pyproject.toml, of the same shape as suite.toml; weaker than it.
+
+    Raises:
+        ConfigError: with file, line and field.
+    """
+    file = path if path.name == SUITE_FILE else path / SUITE_FILE
+    text = _read(file)
+    table = _parse(file, text)
+    _validate(file, text, merge(defaults or {}, table))
+    suite = _build(file, text, merge(defaults or {}, table))
+    return apply(suite, overrides or Overrides())
+
+
+def merge(weak: Mapping[str, Any], strong: Mapping[str, Any]) -> dict[str, Any]:
+    """Two tables of tables; the strong one wins, key by key."""
+    out = dict(weak)
+    for key, value in strong.items():
+        old = out.get(key)
+        out[key] = merge(old, value) if isinstance(old, Mapping) and isinstance(value, Mapping) else value
+    return out
+
+
+def apply(suite: Suite, o: Overrides) -> Suite:
+    """The suite under overrides.
+
+    Raises:
+        ConfigError: a threshold that does not exist, or a value out of its range.
+    """
+    named = {"model": o.model, "engine": o.engine, "numerics": o.numerics}
+    sized = {"batch_size": o.batch_size, "max_new_tokens": o.max_new_tokens}
+    for name, value in sized.items():
+        if value is not None and value < 1:
+            raise ConfigError(f"{name} must be at least 1, not {value}", where=f"suite {suite.name}")
+    changed: dict[str, Any] = {k: v for k, v in {**named, **sized}.items() if v is not None}
+    if o.thresholds:
+        changed["thresholds"] = {
+            cls: replace(t, **_checked_thresholds(o.thresholds)) for cls, t in suite.thresholds.items()
+        }
+    return replace(suite, **changed)
+
+
+def parse_threshold(text: str) -> tuple[str, Any]:
+    """`NAME=VALUE` of `--repro-threshold` as TOML would read it: `max_divergent=0.5`, `length_ratio=[0.9, 1.1]`.
+
+    Raises:
+        ConfigError: no such threshold, or a value it cannot have.
+    """
+    name, eq, raw = text.partition("=")
+    try:
+        value = tomllib.loads(f"x = {raw.strip()}")["x"] if eq else None
+    except tomllib.TOMLDecodeError:
+        value = raw.strip()
+    if value is None:
+        raise ConfigError(f"{text!r} is not NAME=VALUE", where="--repro-threshold", fix="e.g. max_divergent=0")
+    _checked_thresholds({name.strip(): value}, where="--repro-threshold")
+    return name.strip(), value
+
+
+def _checked_thresholds(table: Mapping[str, Any], where: str = "thresholds") -> dict[str, Any]:
+    error = schemas.first_error(dict(table), "suite", "thresholds")
+    if error is not None:
+        name = ".".join(map(str, error.absolute_path))
+        raise ConfigError(schemas.describe(error), where=f"{where} {name}".strip())
+    return {k: tuple(v) if k == "length_ratio" else v for k, v in table.items()}
+
+
+def _read(file: Path) -> str:
+    try:
+        return file.read_text("utf-8")
+    except FileNotFoundError:
+        raise ConfigError(
+            "there is no such file", where=file, fix="name a folder that holds a suite.toml, e.g. golden/my-suite"
+        ) from None
+    except (OSError, UnicodeDecodeError) as exc:
+        raise ConfigError(f"cannot be read: {exc}", where=file) from None
+
+
+def _parse(file: Path, text: str) -> dict[str, Any]:
+    try:
+        return tomllib.loads(text)
+    except tomllib.TOMLDecodeError as exc:
+        raise ConfigError(f"not valid TOML: {exc}", where=file) from None
+
+
+def _validate(file: Path, text: str, table: Mapping[str, Any]) -> None:
+    shaped = dict(table)
+    error = schemas.first_error(shaped, "suite")
+    if error is None:
+        return
+    path = [str(p) for p in error.absolute_path]
+    if error.validator == "additionalProperties":
+        path.append(sorted(set(error.instance) - set(error.schema["properties"]))[0])
+    raise ConfigError(schemas.describe(error), where=f"{file}{_line_of(text, path)} [{'.'.join(path) or 'top level'}]")
+
+
+def _line_of(text: str, path: Sequence[str]) -> str:
+    """`:LINE` of a key in TOML text, or "" if it is not spelt there (it came from pyproject.toml, say)."""
+    table, *keys = path or [""]
+    inside = not keys
+    for number, line in enumerate(text.splitlines(), 1):
+        header = re.match(r"\s*\[+\s*([^\]]+?)\s*\]+", line)
+        if header:
+            inside = header[1] == ".".join(path[:-1])
+            if header[1] == ".".join(path):
+                return f":{number}"
+        elif inside and re.match(rf"\s*[\"']?{re.escape(keys[-1] if keys else table)}[\"']?\s*=", line):
+            return f":{number}"
+    return ""
+
+
+def _build(file: Path, text: str, table: Mapping[str, Any]) -> Suite:
+    head, generation = table["suite"], table.get("generation", {})
+    prompts_file = inside(
+        file.parent, head["prompts"], where=f"{file}{_line_of(text, ['suite', 'prompts'])} [suite.prompts]"
+    )
+    thresholds = table.get("thresholds", {})
+    base = {k: v for k, v in thresholds.items() if not isinstance(v, Mapping)}
+    per_class = {k: v for k, v in thresholds.items() if isinstance(v, Mapping)}
+    return Suite(
+        name=head["name"],
+        folder=file.parent,
+        model=head["model"],
+        prompts=load_prompts(prompts_file),
+        engine=head.get("engine", "transformers"),
+        engine_options=table.get("engine", {}),
+        scorer=head.get("scorer", "last-number"),
+        pattern=head.get("pattern", ""),
+        numerics=tuple(table.get("run", {}).get("numerics", ("native",))),
+        thresholds={
+            cls: Thresholds(**_checked_thresholds({**base, **per_class.get(cls, {})})) for cls in ("", *per_class)
+        },
+        **generation,
+    )
+
+
+def inside(folder: Path, name: str, *, where: str) -> Path:
+    """A path that a suite names, which must lie in the suite's own folder, symbolic links followed.
+
+    Raises:
+        ConfigError: it is absolute or leads outside.
+    """
+    target = (folder / name).resolve()
+    if Path(name).is_absolute() or not target.is_relative_to(folder.resolve()):
+        raise ConfigError(
+            f"the path {name!r} leaves the suite's folder", where=where, fix="keep the file in the suite's folder"
+        )
+    return target
+
+
+def load_prompts(file: Path) -> tuple[Prompt, ...]:
+    """Read prompts, one JSON object a line.
+
+    Raises:
+        ConfigError: with the line: not JSON, a missing or unknown field, an id seen before; or no prompt at all.
+    """
+    seen: dict[str, int] = {}
+    prompts = []
+    for number, line in enumerate(_read(file).splitlines(), 1):
+        if not line.strip():
+            continue
+        prompt = _prompt(f"{file}:{number}", line)
+        if prompt.id in seen:
+            raise ConfigError(
+                f"duplicate id {prompt.id!r}, first used on line {seen[prompt.id]}", where=f"{file}:{number}"
+            )
+        seen[prompt.id] = number
+        prompts.append(prompt)
+    if not prompts:
+        raise ConfigError(
+            "the suite is empty: no prompts", where=file, fix='add a line like {"id": "p01", "prompt": "Hello"}'
+        )
+    return tuple(prompts)
+
+
+def _prompt(where: str, line: str) -> Prompt:
+    try:
+        data = json.loads(line)
+    except (json.JSONDecodeError, RecursionError) as exc:
+        raise ConfigError(f"not valid JSON: {exc}", where=where) from None
+    error = schemas.first_error(data, "suite", "prompt")
+    if error is not None:
+        name = ".".join(map(str, error.absolute_path))
+        raise ConfigError(schemas.describe(error), where=f"{where} [{name}]" if name else where)
+    if ("prompt" in data) == ("messages" in data):
+        raise ConfigError('a prompt needs either "prompt" or "messages"', where=where)
+    if data["id"] in SUITE_ITEMS:
+        raise ConfigError(f"the id {data['id']!r} is taken by a check of the whole suite", where=f"{where} [id]")
+    content = data["prompt"] if "prompt" in data else data["messages"]
+    return Prompt(id=data["id"], content=content, answer=data.get("answer"))

@@ -1,0 +1,155 @@
+"""The verdict: a pure function of evidence, envelope and policy (DESIGN section 4).
+
+Rounding explains a difference when both hold:
+
+* the tail: the golden token's largest deficit lies within the largest change of a gap that benign changes made;
+* the bulk: the prompt's mean |Δlogp| is not several times its benign level, so that the whole text is as near to the
+  golden as rounding leaves it. A text whose every token moved tenfold is drift, even if no token flipped.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+
+from .suite import Thresholds, Waiver
+
+
+class Verdict(StrEnum):
+    """What became of one prompt."""
+
+    IDENTICAL = "identical"
+    NEAR_TIE = "near_tie"
+    """Differs; rounding explains it."""
+    DRIFT = "drift"
+    """Differs; rounding cannot explain it."""
+    WAIVED = "waived"
+    """Would count, but FP32-class compute was observed, and the waiver covers it."""
+    MISSING = "missing"
+    """The golden has no such prompt, or there is no golden."""
+    INCOMPARABLE = "incomparable"
+    """The golden answers another question: an identity field differs."""
+    ERROR = "error"
+    """The harness failed, not the model's output."""
+
+
+WORST_FIRST = (
+    Verdict.ERROR, Verdict.INCOMPARABLE, Verdict.MISSING, Verdict.DRIFT, Verdict.NEAR_TIE, Verdict.WAIVED, Verdict.IDENTICAL,
+)  # fmt: skip
+ALWAYS_FAIL = frozenset({Verdict.ERROR, Verdict.INCOMPARABLE, Verdict.MISSING})
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What was seen of one prompt."""
+
+    differs: bool
+    """Its output differs, or would (replay)."""
+    deficit: float
+    """Largest deficit, nats; inf if it cannot be known."""
+    mean_abs_dlogp: float
+    """Nats; NaN if the engine gives no log-probabilities."""
+    envelope_deficit: float
+    """Largest deficit that rounding explains, nats."""
+    level: float
+    """The prompt's benign mean |Δlogp|, nats."""
+    ratio: float
+    """How many times `level` is still benign."""
+
+    @property
+    def moved(self) -> float:
+        """Mean |Δlogp| in units of the benign level; NaN if unknown, inf if the benign level is zero and it moved."""
+        if math.isnan(self.mean_abs_dlogp):
+            return math.nan
+        if self.level > 0:
+            return self.mean_abs_dlogp / self.level
+        return math.inf if self.mean_abs_dlogp > 0 else 0.0
+
+    @property
+    def bulk_outside(self) -> bool:
+        """The whole text moved more than rounding moves it."""
+        return self.moved > self.ratio
+
+    @property
+    def tail_outside(self) -> bool:
+        """A token flipped by more than rounding changes a gap."""
+        return self.differs and not self.deficit <= self.envelope_deficit
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """A verdict with its reason, one clause for a person."""
+
+    verdict: Verdict
+    reason: str = ""
+
+
+def judge(seen: Evidence, waiver: Waiver, fp32_observed: bool) -> Judgement:
+    """The verdict on one compared prompt.
+
+    Args:
+        seen: the evidence.
+        waiver: the policy, `Thresholds.fp32_waiver`.
+        fp32_observed: whether the probe found FP32-class products and sums in the process that holds the model.
+    """
+    if not seen.differs and not seen.bulk_outside:
+        return Judgement(Verdict.IDENTICAL)
+    reasons = _why_not_rounding(seen)
+    if not reasons:
+        if fp32_observed and waiver != "none":
+            return Judgement(Verdict.WAIVED, "rounding explains it, and FP32-class compute was observed")
+        return Judgement(Verdict.NEAR_TIE, "rounding explains it")
+    if fp32_observed and waiver == "all":
+        return Judgement(Verdict.WAIVED, f"waived by fp32_waiver = all, although {' and '.join(reasons)}")
+    return Judgement(Verdict.DRIFT, " and ".join(reasons))
+
+
+def _why_not_rounding(seen: Evidence) -> list[str]:
+    reasons = []
+    if seen.tail_outside:
+        known = math.isfinite(seen.deficit)
+        size = f"the deficit {seen.deficit:.2g} exceeds the envelope {seen.envelope_deficit:.2g}"
+        reasons.append(size if known else "its deficit is unknown, so rounding cannot be shown")
+    if seen.bulk_outside:
+        reasons.append(f"every token moved: mean |Δlogp| is {seen.moved:.3g} times the benign level {seen.level:.2g}")
+    return reasons
+
+
+def allowed(limit: int | float, prompts: int) -> float:
+    """A limit as a number of prompts: an int is a count, a float a share of all the suite's prompts."""
+    return limit if isinstance(limit, int) else limit * prompts
+
+
+@dataclass(frozen=True)
+class Failure:
+    """One reason why a suite fails, and the verdicts that carry it."""
+
+    rule: str
+    """E.g. `divergent 3 > max_divergent 0`."""
+    verdicts: frozenset[Verdict]
+
+
+def failures(counts: Mapping[Verdict, int], thresholds: Thresholds, prompts: int) -> list[Failure]:
+    """Which rules on prompts fail: verdicts that always do, `max_divergent`, `max_unexplained`.
+
+    Args:
+        counts: verdict -> prompts.
+        thresholds: of this compute class.
+        prompts: how many the suite has, whatever subset was selected.
+    """
+    found = [
+        Failure(f"{counts[verdict]} {verdict}", frozenset({verdict}))
+        for verdict in WORST_FIRST
+        if verdict in ALWAYS_FAIL and counts.get(verdict)
+    ]
+    drift = counts.get(Verdict.DRIFT, 0)
+    divergent = drift + counts.get(Verdict.NEAR_TIE, 0)
+    if drift > allowed(thresholds.max_unexplained, prompts):
+        rule = f"unexplained {drift} > max_unexplained {thresholds.max_unexplained}"
+        found.append(Failure(rule, frozenset({Verdict.DRIFT})))
+    if divergent > allowed(thresholds.max_divergent, prompts):
+        rule = f"divergent {divergent} > max_divergent {thresholds.max_divergent}"
+        found.append(Failure(rule, frozenset({Verdict.DRIFT, Verdict.NEAR_TIE})))
+    return found
