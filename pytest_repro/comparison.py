@@ -24,6 +24,23 @@ Ints = NDArray[np.int64]
 
 
 @dataclass(frozen=True)
+class Row:
+    """One prompt of a `Comparison`; the fields are described there."""
+
+    divergence_index: float
+    deficit: float
+    deficit_index: float
+    golden_gap: float
+    token_now: float
+    mean_abs_dlogp: float
+
+
+def finite(value: float) -> float | None:
+    """The number, or None for NaN and infinity: what reports and goldens hold."""
+    return value if np.isfinite(value) else None
+
+
+@dataclass(frozen=True)
 class Comparison:
     """P prompts compared; every column has shape (P,)."""
 
@@ -49,6 +66,10 @@ class Comparison:
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    def row(self, i: int) -> Row:
+        """One prompt's numbers."""
+        return Row(**{name: float(getattr(self, name)[i]) for name in Row.__dataclass_fields__})
 
     @property
     def differs(self) -> NDArray[np.bool_]:
@@ -140,7 +161,8 @@ def _deficit_at(golden: Generation, now: Generation, then: Ints, here: Ints) -> 
     watched = chosen - _take(now.reference_logprob, here, np.nan)
     # What was watched is exact; differences of two nearly equal log-probabilities may come out a hair below zero.
     known = np.where(np.isnan(watched), runner_up, np.maximum(watched, 0.0))
-    return np.where(np.isnan(known), np.inf, known)
+    out: Floats = np.where(np.isnan(known), np.inf, known)
+    return out
 
 
 def _logprob_of_golden_token(golden: Generation, now: Generation, at: Ints, at_now: Ints) -> Floats:
@@ -180,7 +202,8 @@ def _mean(values: Floats, owner: Ints, rows: int) -> Floats:
     good = ~np.isnan(values)
     total = np.bincount(owner[good], weights=values[good], minlength=rows)
     count = np.bincount(owner[good], minlength=rows)
-    return np.divide(total, count, out=np.full(rows, np.nan), where=count > 0)
+    out: Floats = np.divide(total, count, out=np.full(rows, np.nan), where=count > 0)
+    return out
 
 
 def _max(values: Floats, owner: Ints, rows: int) -> Floats:

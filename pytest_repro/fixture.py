@@ -58,7 +58,11 @@ class Repro:
         """
         overrides, opener = self._overrides(keywords)
         folder = self._node.config.rootpath / path
-        return self._run(load(folder, overrides, self._state.defaults()), opener)
+        try:
+            return self._run(load(folder, overrides, self._state.defaults()), opener)
+        except ReproError as exc:
+            self._fail(str(exc))
+            raise
 
     def check_prompt(self, prompt: str | list[dict[str, str]], *, answer: str | None = None, **keywords: Any) -> Run:
         """Check a single prompt; its golden is named after the test and lies under the first of `repro_paths`."""
@@ -81,7 +85,11 @@ class Repro:
         )
         if model and not overrides.model and (self._node.config.rootpath / model).is_dir():
             suite = replace(suite, model=str(self._node.config.rootpath / model))
-        return self._run(apply(suite, overrides), opener)
+        try:
+            return self._run(apply(suite, overrides), opener)
+        except ReproError as exc:
+            self._fail(str(exc))
+            raise
 
     def _overrides(self, keywords: Mapping[str, Any]) -> tuple[Overrides, Any]:
         """Command line, then marker, then the call's own keywords on top."""
@@ -91,6 +99,8 @@ class Repro:
             known = ", ".join([*_PLAIN, *sorted(_THRESHOLDS)])
             raise ConfigError(f"unknown keyword {unknown[0]!r}; known: {known}", where=self._node.nodeid)
         opener = None
+        if asked.get("model") and (self._node.config.rootpath / asked["model"]).is_dir():
+            asked["model"] = str(self._node.config.rootpath / asked["model"])
         if callable(asked.get("engine")):
             opener = from_function(asked.pop("engine"))
         modes = asked.get("numerics")
@@ -103,10 +113,7 @@ class Repro:
 
     def _run(self, suite: Suite, opener: Any) -> Run:
         if self._state.updating:
-            try:
-                return Run(tuple(self._state.record(suite, mode, opener=opener) for mode in suite.numerics))
-            except ReproError as exc:
-                self._fail(str(exc))
+            return Run(tuple(self._state.record(suite, mode, opener=opener) for mode in suite.numerics))
         run = Run(tuple(self._state.check(suite, mode, opener=opener) for mode in suite.numerics))
         if not run.passed:
             self._fail("\n".join(self._story(result) for result in run.results if result["verdict"] == "fail"))

@@ -15,7 +15,7 @@ from typing import Literal, Protocol
 
 import numpy as np
 
-from . import judging, models, noise, numerics, probe, store
+from . import candidate, judging, models, noise, numerics, probe, store
 from .comparison import Comparison, compare_decode, compare_replay
 from .engines.base import Engine, Opener, Spec, needs_model, opener
 from .errors import ConfigError, EngineError, GoldenError, GoldenMissing, ReproError
@@ -25,7 +25,7 @@ from .golden import Golden
 from .judging import Gathered
 from .result import Recording, SuiteResult
 from .suite import Prompt, Suite
-from .verdict import Verdict
+from .verdict import Judgement, Verdict
 
 Method = Literal["auto", "replay", "decode"]
 
@@ -141,7 +141,7 @@ def record(
                 scores=judging.scores(suite, generation.texts, generation.ids, options.allow_code),
                 noise=_envelope(engine, stem.partition("@")[0], requests, generation, show),
             )
-            golden = judging.with_candidate_notes(golden, previous)
+            golden = candidate.with_notes(golden, previous)
     finally:
         show.close()
     place.write(golden)
@@ -245,20 +245,25 @@ def gather(
 
 def _replay(
     engine: Engine, golden: Golden, requests: Sequence[Request], show: Progress
-) -> tuple[Comparison, dict[str, str]]:
+) -> tuple[Comparison, dict[str, Judgement]]:
     tick = show.phase("replay", sum(len(r.reference) for r in requests if r.reference is not None))
     scores: list[Scores] = engine.replay(requests, tick)
-    failed = {s.id: s.error for s in scores if s.error}
+    failed = {s.id: Judgement(Verdict.ERROR, s.error) for s in scores if s.error}
     return compare_replay(golden.generation, [s for s in scores if not s.error]), failed
 
 
 def _decode_and_pack(
-    engine: Engine, suite: Suite, requests: Sequence[Request], places: set[int], found: dict[str, str], show: Progress
-) -> tuple[Generation, dict[str, str]]:
+    engine: Engine,
+    suite: Suite,
+    requests: Sequence[Request],
+    places: set[int],
+    found: dict[str, Judgement],
+    show: Progress,
+) -> tuple[Generation, dict[str, Judgement]]:
     """Decode every batch that holds one of the places, whole; keep what was asked for and has an answer."""
     able = [r for r in requests if r.id not in found]
     outputs = _decode(engine, suite, able, places, "decode", show)
-    failed = {o.id: o.error for o in outputs if o.error}
+    failed = {o.id: Judgement(Verdict.ERROR, o.error) for o in outputs if o.error}
     asked = {suite.prompts[i].id for i in places} - set(failed)
     return Generation.of(able, [o for o in outputs if o.id in asked]), failed
 

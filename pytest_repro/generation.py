@@ -171,6 +171,27 @@ class Generation:
         )
 
 
+def subset(g: Generation, rows: Sequence[int]) -> Generation:
+    """Some of a generation's prompts, in the order given by their places."""
+    flat = np.concatenate([np.zeros(0, np.int64), *(np.arange(g.offsets[i], g.offsets[i + 1]) for i in rows)]).astype(
+        np.int64
+    )
+    lengths = [int(g.offsets[i + 1] - g.offsets[i]) for i in rows]
+    return Generation(
+        ids=tuple(g.ids[i] for i in rows),
+        prompt_digests=tuple(g.prompt_digests[i] for i in rows),
+        content_digests=tuple(g.content_digests[i] for i in rows),
+        texts=tuple(g.texts[i] for i in rows),
+        finish_reasons=tuple(g.finish_reasons[i] for i in rows),
+        offsets=offsets_of(lengths),
+        tokens=g.tokens[flat],
+        logprob=g.logprob[flat],
+        gap=g.gap[flat],
+        runner_up=g.runner_up[flat],
+        reference_logprob=None if g.reference_logprob is None else g.reference_logprob[flat],
+    )
+
+
 def offsets_of(lengths: Iterable[int]) -> NDArray[np.int64]:
     """Lengths of P rows -> where each starts, shape (P + 1,)."""
     return np.concatenate([[0], np.cumsum(np.fromiter(lengths, np.int64))]).astype(np.int64)

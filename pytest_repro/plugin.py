@@ -8,16 +8,15 @@ from __future__ import annotations
 
 import json
 import os
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
 if TYPE_CHECKING:
-    from .gate import Options
-    from .suite import Overrides, Suite
+    from .session import Session
+    from .suite import Suite
 
 SUITE_FILE = "suite.toml"
 CI_VARIABLES = ("CI", "GITHUB_ACTIONS", "TF_BUILD", "JENKINS_URL", "TEAMCITY_VERSION", "BUILDKITE")
@@ -91,12 +90,18 @@ def pytest_configure(config: pytest.Config) -> None:
     option = config.option
     if option.repro_check or option.repro_update:
         _refuse_unsafe_update(config)
-        config.stash[STATE] = State(config)
+        config.stash[STATE] = _session(config)
         _add_suites(config)
         return
     given = [a.partition("=")[0] for a in config.invocation_params.args if str(a).startswith("--repro-")]
     if given:
         raise pytest.UsageError(f"{given[0]} does nothing by itself: add --repro-check or --repro-update")
+
+
+def _session(config: pytest.Config) -> Session:
+    from .session import Session
+
+    return Session(config)
 
 
 def _refuse_unsafe_update(config: pytest.Config) -> None:
@@ -135,138 +140,8 @@ def _add_suites(config: pytest.Config) -> None:
     ]
 
 
-class State:
-    """One session's settings and results."""
-
-    def __init__(self, config: pytest.Config) -> None:
-        self.config = config
-        self.implicit = False
-        """Whether the suites were not named on the command line."""
-        self.updating: bool = config.option.repro_update
-        self.suites: list[dict[str, Any]] = []
-        self.recordings: list[dict[str, Any]] = []
-
-    def wants(self, path: Path) -> bool:
-        """Whether a suite.toml is to be collected: named by a path, or under `repro_paths`."""
-        return not self.implicit or any(path.is_relative_to(p) for p in self.config.getini("repro_paths"))
-
-    def shown(self, folder: Path) -> str:
-        """A folder as the user would type it."""
-        try:
-            return folder.resolve().relative_to(self.config.invocation_params.dir.resolve()).as_posix()
-        except ValueError:
-            return str(folder)
-
-    def defaults(self) -> dict[str, Any]:
-        """The table `[tool.pytest-repro]` of pyproject.toml."""
-        import tomllib
-
-        file = self.config.rootpath / "pyproject.toml"
-        try:
-            tool = tomllib.loads(file.read_text("utf-8")).get("tool", {})
-        except FileNotFoundError:
-            return {}
-        except tomllib.TOMLDecodeError as exc:
-            raise pytest.UsageError(f"{file}: not valid TOML: {exc}") from None
-        return {k: v for k, v in tool.get("pytest-repro", {}).items() if k != "allow_code"}
-
-    def allow_code(self) -> bool:
-        """Opted in on the command line; naming an engine there is an opt-in as well."""
-        option = self.config.option
-        return bool(option.repro_allow_code or (option.repro_engine and ":" in option.repro_engine))
-
-    def overrides(self) -> Overrides:
-        """What the command line puts in the suites' place."""
-        from .suite import Overrides, parse_threshold
-
-        option = self.config.option
-        modes = tuple(m for text in option.repro_numerics or () for m in text.split(","))
-        model = option.repro_model
-        if model and (self.config.invocation_params.dir / model).is_dir():
-            model = str((self.config.invocation_params.dir / model).resolve())
-        return Overrides(
-            model=model,
-            engine=option.repro_engine,
-            numerics=modes or None,
-            batch_size=option.repro_batch_size,
-            thresholds=dict(parse_threshold(text) for text in option.repro_threshold),
-        )
-
-    def options(self, folder: Path, **more: Any) -> Options:
-        """How to check a suite."""
-        from .gate import Options
-
-        option = self.config.option
-        return Options(
-            method=option.repro_method,
-            allow_changed=frozenset(option.repro_allow_changed),
-            allow_code=self.allow_code(),
-            golden=option.repro_golden,
-            pending_folder=Path(option.repro_pending_dir) if option.repro_pending_dir else None,
-            shown_path=self.shown(folder),
-            **more,
-        )
-
-    def check(self, suite: Suite, mode: str, **more: Any) -> dict[str, Any]:
-        """Check one suite in one mode, and keep the result; xdist workers share one run of it."""
-        found = _once_among_workers(
-            self.config, f"{suite.folder}::{suite.name}::{mode}", lambda: self._check(suite, mode, more)
-        )
-        self.suites.append(found)
-        return found
-
-    def _check(self, suite: Suite, mode: str, more: dict[str, Any]) -> dict[str, Any]:
-        from . import gate
-        from .report import document
-
-        return document.of_suite(
-            gate.check(suite, mode, self.options(suite.folder, **more), _progress(self.config, suite, mode))
-        )
-
-    def record(self, suite: Suite, mode: str, **more: Any) -> dict[str, Any]:
-        """Record one suite in one mode, and keep what was recorded."""
-        from . import gate
-        from .report import document
-
-        done = gate.record(suite, mode, self.options(suite.folder, **more), _progress(self.config, suite, mode))
-        self.recordings.append(document.of_recording(done))
-        return self.recordings[-1]
-
-
-STATE = pytest.StashKey[State]()
+STATE = pytest.StashKey["Session"]()
 BROKEN = pytest.StashKey[str]()
-
-
-def _once_among_workers(config: pytest.Config, key: str, run: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """Under xdist every worker holds some of a suite's items: the first to come runs the suite, the others read it."""
-    worker = getattr(config, "workerinput", None)
-    if worker is None:
-        return run()
-    import hashlib
-    import tempfile
-
-    from filelock import FileLock
-
-    from .store import atomic_write
-
-    name = hashlib.sha256(f"{worker['testrunuid']}{key}".encode()).hexdigest()[:32]
-    file = Path(tempfile.gettempdir()) / f"pytest-repro-{os.getuid() if hasattr(os, 'getuid') else 0}" / name
-    file.parent.mkdir(mode=0o700, exist_ok=True)
-    with FileLock(f"{file}.lock"):
-        if not file.exists():
-            atomic_write(file, json.dumps(run()).encode())
-        found: dict[str, Any] = json.loads(file.read_text("utf-8"))
-    return found
-
-
-def _progress(config: pytest.Config, suite: Suite, mode: str) -> Any:
-    from .report.progress import Display
-
-    capture = config.pluginmanager.getplugin("capturemanager")
-    quiet = hasattr(config, "workerinput") or config.option.verbose < 0
-    return Display(
-        f"repro {suite.name} [{mode}]", sys.stderr, capture.global_and_fixture_disabled if capture else None, quiet
-    )
 
 
 # --- collection ---------------------------------------------------------------------------------------------------
@@ -303,34 +178,17 @@ class SuiteFile(pytest.File):
     def collect(self) -> Iterator[pytest.Collector]:
         """One node a numerics mode."""
         from .errors import ConfigError
+        from .session import validated
 
         state = self.config.stash[STATE]
         try:
-            suite = _validated(self.path, state)
+            suite = validated(self.path, state)
         except ConfigError as exc:
             self.stash[BROKEN] = str(exc)
             return
         for mode in suite.numerics:
             node: pytest.Collector = ModeNode.from_parent(self, name=mode, suite=suite)
             yield node
-
-
-def _validated(path: Path, state: State) -> Suite:
-    """The suite, with everything it names known to exist before anything runs."""
-    from . import accuracy, numerics
-    from .engines.base import opener
-    from .errors import EngineError
-    from .suite import load
-
-    suite = load(path, state.overrides(), state.defaults())
-    for mode in suite.numerics:
-        numerics.mode(mode)
-    try:
-        opener(suite.engine, allow_code=state.allow_code())
-    except EngineError:
-        pass  # known but not installed: every item says so
-    accuracy.scorer(suite.scorer, pattern=suite.pattern, allow_code=state.allow_code(), where=str(path))
-    return suite
 
 
 class ModeNode(pytest.Collector):

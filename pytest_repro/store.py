@@ -21,6 +21,14 @@ from .golden import Golden, Review
 GOLDEN, PENDING = ".golden", ".pending"
 
 
+def typed(path: Path) -> str:
+    """A path as the user would type it: relative, if it lies below the working directory."""
+    try:
+        return path.resolve().relative_to(Path.cwd()).as_posix()
+    except ValueError:
+        return str(path)
+
+
 def atomic_write(path: Path, data: bytes) -> None:
     """Write a file so that it is there whole or not at all, also after a crash."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -70,13 +78,13 @@ class Place:
             GoldenMissing: no such golden.
             GoldenError: it cannot be trusted or read.
         """
-        again = f"pytest --repro-update {self.folder}"
+        again = f"pytest --repro-update {typed(self.folder)}"
         try:
             text = self.text.read_bytes()
         except FileNotFoundError:
-            raise GoldenMissing("there is no golden", where=self.text, fix=again) from None
+            raise GoldenMissing("there is no golden", where=typed(self.text), fix=again) from None
         numbers = self.numbers.read_bytes() if self.numbers.exists() else None
-        golden = wire.decode(text, numbers, str(self.text), regenerate=again)
+        golden = wire.decode(text, numbers, typed(self.text), regenerate=again)
         if golden.stem != self.stem:
             raise GoldenError(
                 f"the file's name says {self.stem}, its content {golden.stem}",
@@ -123,10 +131,12 @@ def find(folder: Path, compute_class: str, device_class: str) -> Place:
         if Place(folder, name).text.exists():
             return Place(folder, name)
     there = ", ".join(p.stem for p in places(folder)) or "none"
+    record = f"pytest --repro-update {typed(folder)} --repro-numerics {compute_class}   then: pytest-repro review"
+    waiting = [p for p in places(folder, PENDING) if p.stem in candidates_for(compute_class, device_class)]
     raise GoldenMissing(
         f"there is no golden for {compute_class} on {device_class or 'any device'} (goldens here: {there})",
-        where=folder,
-        fix=f"pytest --repro-update {folder} --repro-numerics {compute_class}   then: pytest-repro review",
+        where=typed(folder),
+        fix=f"a candidate waits: pytest-repro review {typed(folder)}" if waiting else record,
     )
 
 

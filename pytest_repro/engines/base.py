@@ -87,17 +87,34 @@ class Entry:
     """Whether the suite's model reference is resolved to files for it."""
     extra: str
     """The pip extra that installs what it needs."""
+    options: tuple[str, ...]
+    """Keys of the suite's `[engine]` table that it understands."""
 
 
 REGISTRY: dict[str, Entry] = {
-    "transformers": Entry("transformers", needs_model=True, extra="transformers"),
-    "scripted": Entry("scripted", needs_model=False, extra=""),
+    "transformers": Entry("transformers", needs_model=True, extra="transformers", options=("device", "attention")),
+    "scripted": Entry("scripted", needs_model=False, extra="", options=("script", "observed", "jitter")),
 }
 
 
 def needs_model(name: str) -> bool:
     """Whether an engine reads model files."""
     return name in REGISTRY and REGISTRY[name].needs_model
+
+
+def check_options(name: str, options: Mapping[str, Any], where: str) -> None:
+    """Refuse keys of `[engine]` that the engine does not understand.
+
+    Raises:
+        ConfigError: with the key.
+    """
+    known = REGISTRY[name].options if name in REGISTRY else ()
+    for key in options:
+        if key not in known:
+            raise ConfigError(
+                f"unknown key {key!r} for the engine {name}; known keys: {', '.join(known) or 'none'}",
+                where=f"{where} [engine.{key}]",
+            )
 
 
 def opener(name: str, *, allow_code: bool = False) -> Opener:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -35,22 +36,28 @@ def open_engine(spec: Spec) -> Iterator[Engine]:
             "the scripted engine needs a script", where=spec.folder, fix='[engine]\nscript = "script.jsonl"'
         )
     path = inside(spec.folder, name, where=f"{spec.folder} [engine.script]")
-    rows: dict[str, dict[str, Any]] = {}
-    try:
-        for number, line in enumerate(path.read_text("utf-8").splitlines(), 1):
-            row = json.loads(line)
-            rows[row["id"]] = row
-    except OSError as exc:
-        raise ConfigError(f"the script cannot be read: {exc.strerror}", where=path) from None
-    except (ValueError, KeyError, TypeError) as exc:
-        raise ConfigError(f"not a line of a script: {exc!r}", where=f"{path}:{number}") from None
     claimed = spec.mode.compute_class or "bf16"
     yield ScriptedEngine(
-        rows,
+        _read(path),
         max_new_tokens=spec.max_new_tokens,
         observed=str(spec.options.get("observed", claimed)),
         jitter=float(spec.options.get("jitter", 0.0)),
     )
+
+
+def _read(path: Path) -> dict[str, dict[str, Any]]:
+    try:
+        lines = path.read_text("utf-8").splitlines()
+    except OSError as exc:
+        raise ConfigError(f"the script cannot be read: {exc.strerror}", where=path) from None
+    rows: dict[str, dict[str, Any]] = {}
+    for number, line in enumerate(lines, 1):
+        try:
+            row = json.loads(line)
+            rows[row["id"]] = row
+        except (ValueError, KeyError, TypeError) as exc:
+            raise ConfigError(f"not a line of a script: {exc!r}", where=f"{path}:{number}") from None
+    return rows
 
 
 class ScriptedEngine:

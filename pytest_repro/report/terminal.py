@@ -40,7 +40,10 @@ def lines(suite: Mapping[str, Any], *, verbose: bool = False) -> Iterator[Line]:
     differs = bool(shown) or suite["verdict"] == "fail"
     if differs:
         yield from _environment(suite, verbose)
+    told = {p["reason"] for p in shown}
     for check in suite["checks"]:
+        if any(reason and reason in check["message"] for reason in told):
+            continue  # the cause that struck every prompt was told already
         loud = check["status"] == "fail" or (
             differs and check["status"] == "pass" and check["name"] in ("accuracy", "compute")
         )

@@ -1,0 +1,50 @@
+"""A candidate for a golden beside the golden it would replace: the notes that a reviewer is shown. Pure."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from . import noise
+from .comparison import compare_decode, finite
+from .generation import subset
+from .golden import Golden
+from .verdict import Evidence, judge
+
+
+def with_notes(golden: Golden, previous: Golden | None) -> Golden:
+    """A candidate with what a reviewer must know: how each prompt compares with the golden it would replace."""
+    if previous is None:
+        return replace(golden, candidate={"against": None, "prompts": []})
+    there = set(previous.generation.ids)
+    both = [i for i, name in enumerate(golden.generation.ids) if name in there]
+    seen = compare_decode(previous.generation, subset(golden.generation, both))
+    old = previous.generation.index()
+    rows: list[dict[str, Any]] = []
+    for i, name in enumerate(seen.ids):
+        row = seen.row(i)
+        evidence = Evidence(
+            differs=row.divergence_index >= 0,
+            deficit=row.deficit,
+            mean_abs_dlogp=row.mean_abs_dlogp,
+            envelope_deficit=previous.noise.max_deficit,
+            level=previous.noise.level(old[name]),
+            ratio=noise.bulk_ratio(previous.compute_class),
+        )
+        found = judge(evidence, "none", False)
+        rows.append(
+            {
+                "id": name,
+                "verdict": str(found.verdict),
+                "reason": found.reason,
+                "divergence_index": int(row.divergence_index) if evidence.differs else None,
+                "deficit": finite(row.deficit) if evidence.differs else 0.0,
+                "golden_gap": finite(row.golden_gap),
+                "mean_abs_dlogp": finite(row.mean_abs_dlogp),
+            }
+        )
+    rows += [{"id": name, "verdict": "new"} for name in golden.generation.ids if name not in there]
+    gone = [
+        {"id": name, "verdict": "removed"} for name in previous.generation.ids if name not in golden.generation.index()
+    ]
+    return replace(golden, candidate={"against": previous.digest, "prompts": [*rows, *gone]})

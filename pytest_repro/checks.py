@@ -1,0 +1,157 @@
+"""The checks of a whole suite (golden, compute, accuracy, length), its metrics, and what to do next. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import numpy as np
+
+from .accuracy import PairedTest, paired_test
+from .golden import Golden
+from .result import Check, PromptResult, SuiteResult
+from .verdict import Verdict
+
+Lengths = Callable[[PromptResult], tuple[int, int] | None]
+"""A prompt's number of answer tokens (then, now); None where it was not generated and would differ."""
+
+
+def summed_up(result: SuiteResult, golden: Golden, lengths: Lengths) -> SuiteResult:
+    """The judged prompts with the suite's checks, metrics and next steps added."""
+    test = _paired(result)
+    ratio = _length_ratio(result, lengths)
+    checks = (_golden(result, golden), _compute(result), _accuracy(result, test), _length(result, ratio))
+    result = replace(result, checks=checks, metrics=_metrics(result, golden, test, ratio))
+    return replace(result, next_steps=_next_steps(result))
+
+
+def _golden(result: SuiteResult, golden: Golden) -> Check:
+    if golden.review is None:
+        return Check("golden", "fail", f"{golden.stem}.golden was never reviewed: pytest-repro review {result.path}")
+    barred = [c for c in result.environment_diff if c.cls == "identity"]
+    if barred and any(p.verdict == Verdict.INCOMPARABLE for p in result.prompts):
+        return Check(
+            "golden",
+            "fail",
+            f"{golden.stem}.golden answers another question: {', '.join(c.field for c in barred)} differ",
+        )
+    return Check("golden", "pass", f"{golden.stem}.golden, accepted by {golden.review.by}")
+
+
+def _compute(result: SuiteResult) -> Check:
+    observed = result.observed or {}
+    found, detail = observed.get("compute_class"), observed.get("detail")
+    if found == "unknown":
+        status = "fail" if result.numerics == "fp32" else "skip"
+        return Check("compute", status, f"{result.numerics} is only claimed: {detail}")
+    if result.numerics in ("native", found):
+        return Check("compute", "pass", f"observed {found} ({observed.get('product_bits')} product bits; {detail})")
+    return Check(
+        "compute",
+        "fail",
+        f"{result.numerics} was asked for, but the probe found {found}: {observed.get('product_bits')} product bits, "
+        f"{observed.get('sum_bits')} sum bits ({detail})",
+    )
+
+
+def _paired(result: SuiteResult) -> PairedTest | None:
+    """The paired test, if every prompt with an answer has a score then and now."""
+    scored = [(p.score_golden, p.score_now) for p in result.prompts if p.score_golden is not None]
+    complete = all(now is not None for _, now in scored) and len(result.prompts) == result.size and result.compared
+    if not scored or not complete or any(p.verdict in (Verdict.ERROR, Verdict.MISSING) for p in result.prompts):
+        return None
+    return paired_test([bool(a) for a, _ in scored], [bool(b) for _, b in scored], result.thresholds.alpha)
+
+
+def _accuracy(result: SuiteResult, test: PairedTest | None) -> Check:
+    if test is None:
+        why = "no prompt has an answer to score"
+        if len(result.prompts) < result.size:
+            why = "only a part of the suite was selected"
+        elif any(p.score_golden is not None and p.score_now is None for p in result.prompts):
+            why = "prompts that differ were only replayed, not generated (--repro-method auto or decode generates them)"
+        return Check("accuracy", "skip", f"accuracy not judged: {why}")
+    power = "no drop" if test.smallest_drop is None else f"a drop of {test.smallest_drop:.1f} points"
+    message = (
+        f"{test.golden:.1f} % -> {test.now:.1f} %   {test.lost} lost, {test.gained} gained, p = {test.p_value:.2g}; "
+        f"{test.n} prompts can show {power}"
+    )
+    failed = test.fails(result.thresholds.accuracy_drop, result.thresholds.alpha)
+    return Check("accuracy", "fail" if failed else "pass", message)
+
+
+def _length(result: SuiteResult, ratio: float | None) -> Check:
+    if ratio is None:
+        return Check("length", "skip", "length not judged: not every prompt was generated")
+    low, high = result.thresholds.length_ratio
+    status = "pass" if low <= ratio <= high else "fail"
+    return Check("length", status, f"mean output length is {ratio:.3f} of the golden's, allowed {low} to {high}")
+
+
+def _length_ratio(result: SuiteResult, lengths: Lengths) -> float | None:
+    if len(result.prompts) != result.size or any(p.method == "" for p in result.prompts):
+        return None
+    pairs = [lengths(p) for p in result.prompts]
+    if any(pair is None for pair in pairs) or not pairs:
+        return None
+    then, now = (sum(pair[k] for pair in pairs if pair) for k in (0, 1))
+    return now / then if then else None
+
+
+def _metrics(
+    result: SuiteResult, golden: Golden, test: PairedTest | None, ratio: float | None
+) -> dict[str, float | int | None]:
+    """Names as in arXiv 2506.09501 (§3.1, App. E) where it has them."""
+    counts = result.counts
+    parted = [p.divergence_index for p in result.prompts if p.divergence_index is not None]
+    moved = [p.mean_abs_dlogp for p in result.prompts if p.mean_abs_dlogp is not None]
+    compared = sum(p.method != "" for p in result.prompts)
+    return {
+        "divergent": counts.get(Verdict.NEAR_TIE, 0) + counts.get(Verdict.DRIFT, 0),
+        "unexplained": counts.get(Verdict.DRIFT, 0),
+        "waived": counts.get(Verdict.WAIVED, 0),
+        "div_percent": 100 * len(parted) / compared if compared else None,
+        "mean_div_index": float(np.mean(parted)) if parted else None,
+        "mean_abs_dlogp": float(np.mean(moved)) if moved else None,
+        "benign_abs_dlogp": golden.noise.mean_abs_dlogp,
+        "accuracy_golden": test.golden if test else golden.accuracy,
+        "accuracy_now": test.now if test else None,
+        "accuracy_p_value": test.p_value if test else None,
+        "accuracy_smallest_drop": test.smallest_drop if test else None,
+        "length_ratio": ratio,
+    }
+
+
+def _next_steps(result: SuiteResult) -> tuple[tuple[str, str], ...]:
+    if result.passed:
+        return ()
+    steps = []
+    counts = result.counts
+    fp32 = (result.observed or {}).get("compute_class") == "fp32"
+    if counts.get(Verdict.NEAR_TIE) and not fp32:
+        steps.append(
+            (
+                f"pytest --repro-check {result.path} --repro-numerics fp32",
+                "FP32 (or LayerCast) removes what is only rounding",
+            )
+        )
+    if any(c.field == "model.weights" for c in result.environment_diff) and counts.get(Verdict.INCOMPARABLE):
+        steps.append(
+            (
+                f"pytest --repro-check {result.path} --repro-allow-changed model",
+                "if another model is meant to be compared",
+            )
+        )
+    if (
+        any(c.name == "golden" and c.status == "fail" for c in result.checks)
+        and (result.golden or {}).get("review") is None
+    ):
+        steps.append((f"pytest-repro review {result.path}", "if its golden was accepted by nobody"))
+    if (
+        counts.get(Verdict.DRIFT)
+        or counts.get(Verdict.NEAR_TIE)
+        or counts.get(Verdict.MISSING)
+        or counts.get(Verdict.INCOMPARABLE)
+    ):
+        steps.append((f"pytest --repro-update {result.path}", "if it is meant; then pytest-repro review"))
+    return tuple(steps)

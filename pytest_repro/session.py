@@ -1,0 +1,149 @@
+"""One pytest session: its settings as the gate understands them, and its results, shared among xdist workers.
+
+Knows pytest's config object by its attributes only: the plugin is the one module that imports pytest.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import sys
+import tempfile
+import tomllib
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+
+from . import accuracy, gate, numerics
+from .engines.base import check_options, opener
+from .errors import ConfigError, EngineError
+from .gate import Options
+from .report import document
+from .report.progress import Display
+from .store import atomic_write
+from .suite import Overrides, Suite, load, parse_threshold
+
+
+class Session:
+    """One pytest session's settings and results."""
+
+    def __init__(self, config: Any) -> None:
+        self.config = config
+        self.implicit = False
+        """Whether the suites were not named on the command line."""
+        self.updating: bool = config.option.repro_update
+        self.suites: list[dict[str, Any]] = []
+        self.recordings: list[dict[str, Any]] = []
+
+    def wants(self, path: Path) -> bool:
+        """Whether a suite.toml is to be collected: named by a path, or under `repro_paths`."""
+        return not self.implicit or any(path.is_relative_to(p) for p in self.config.getini("repro_paths"))
+
+    def shown(self, folder: Path) -> str:
+        """A folder as the user would type it."""
+        try:
+            return folder.resolve().relative_to(self.config.invocation_params.dir.resolve()).as_posix()
+        except ValueError:
+            return str(folder)
+
+    def defaults(self) -> dict[str, Any]:
+        """The table `[tool.pytest-repro]` of pyproject.toml."""
+        file = self.config.rootpath / "pyproject.toml"
+        try:
+            tool = tomllib.loads(file.read_text("utf-8")).get("tool", {})
+        except FileNotFoundError:
+            return {}
+        except tomllib.TOMLDecodeError as exc:
+            raise ConfigError(f"not valid TOML: {exc}", where=file) from None
+        return {k: v for k, v in tool.get("pytest-repro", {}).items() if k != "allow_code"}
+
+    def allow_code(self) -> bool:
+        """Opted in on the command line; naming an engine there is an opt-in as well."""
+        option = self.config.option
+        return bool(option.repro_allow_code or (option.repro_engine and ":" in option.repro_engine))
+
+    def overrides(self) -> Overrides:
+        """What the command line puts in the suites' place."""
+        option = self.config.option
+        modes = tuple(m for text in option.repro_numerics or () for m in text.split(","))
+        model = option.repro_model
+        if model and (self.config.invocation_params.dir / model).is_dir():
+            model = str((self.config.invocation_params.dir / model).resolve())
+        return Overrides(
+            model=model,
+            engine=option.repro_engine,
+            numerics=modes or None,
+            batch_size=option.repro_batch_size,
+            thresholds=dict(parse_threshold(text) for text in option.repro_threshold),
+        )
+
+    def options(self, folder: Path, **more: Any) -> Options:
+        """How to check a suite."""
+        option = self.config.option
+        return Options(
+            method=option.repro_method,
+            allow_changed=frozenset(option.repro_allow_changed),
+            allow_code=self.allow_code(),
+            golden=option.repro_golden,
+            pending_folder=Path(option.repro_pending_dir) if option.repro_pending_dir else None,
+            shown_path=self.shown(folder),
+            **more,
+        )
+
+    def check(self, suite: Suite, mode: str, **more: Any) -> dict[str, Any]:
+        """Check one suite in one mode, and keep the result; xdist workers share one run of it."""
+        found = _once_among_workers(
+            self.config, f"{suite.folder}::{suite.name}::{mode}", lambda: self._check(suite, mode, more)
+        )
+        self.suites.append(found)
+        return found
+
+    def _check(self, suite: Suite, mode: str, more: dict[str, Any]) -> dict[str, Any]:
+        return document.of_suite(
+            gate.check(suite, mode, self.options(suite.folder, **more), _progress(self.config, suite, mode))
+        )
+
+    def record(self, suite: Suite, mode: str, **more: Any) -> dict[str, Any]:
+        """Record one suite in one mode, and keep what was recorded."""
+        done = gate.record(suite, mode, self.options(suite.folder, **more), _progress(self.config, suite, mode))
+        self.recordings.append(document.of_recording(done))
+        return self.recordings[-1]
+
+
+def _once_among_workers(config: Any, key: str, run: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """Under xdist every worker holds some of a suite's items: the first to come runs the suite, the others read it."""
+    worker = getattr(config, "workerinput", None)
+    if worker is None:
+        return run()
+    name = hashlib.sha256(f"{worker['testrunuid']}{key}".encode()).hexdigest()[:32]
+    file = Path(tempfile.gettempdir()) / f"pytest-repro-{os.getuid() if hasattr(os, 'getuid') else 0}" / name
+    file.parent.mkdir(mode=0o700, exist_ok=True)
+    with FileLock(f"{file}.lock"):
+        if not file.exists():
+            atomic_write(file, json.dumps(run()).encode())
+        found: dict[str, Any] = json.loads(file.read_text("utf-8"))
+    return found
+
+
+def _progress(config: Any, suite: Suite, mode: str) -> Any:
+    capture = config.pluginmanager.getplugin("capturemanager")
+    quiet = hasattr(config, "workerinput") or config.option.verbose < 0
+    return Display(
+        f"repro {suite.name} [{mode}]", sys.stderr, capture.global_and_fixture_disabled if capture else None, quiet
+    )
+
+
+def validated(path: Path, session: Session) -> Suite:
+    """The suite, with everything it names known to exist before anything runs."""
+    suite = load(path, session.overrides(), session.defaults())
+    for mode in suite.numerics:
+        numerics.mode(mode)
+    with suppress(EngineError):  # known but not installed: every item says so
+        opener(suite.engine, allow_code=session.allow_code())
+    check_options(suite.engine, suite.engine_options, str(path))
+    accuracy.scorer(suite.scorer, pattern=suite.pattern, allow_code=session.allow_code(), where=str(path))
+    return suite

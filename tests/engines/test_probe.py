@@ -1,0 +1,164 @@
+"""The probe believes what it sees: every way of losing FP32 that this machine can show is caught."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from pytest_repro import probe
+from pytest_repro.numerics import mode
+from pytest_repro.numerics.fp32 import ieee
+
+from .tiny import build
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build(tmp_path_factory.mktemp("tiny"), bias=True)
+
+
+def loaded(folder: Path, dtype: torch.dtype) -> Any:
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+
+
+@contextmanager
+def onednn(precision: str) -> Iterator[None]:
+    backends: Any = torch.backends
+    before = backends.mkldnn.matmul.fp32_precision
+    backends.mkldnn.matmul.fp32_precision = precision
+    try:
+        yield
+    finally:
+        backends.mkldnn.matmul.fp32_precision = before
+
+
+@pytest.mark.parametrize(
+    ("dtype", "wanted"), [(torch.float32, "fp32"), (torch.bfloat16, "bf16"), (torch.float16, "fp16")], ids=str
+)
+def test_the_class_is_that_of_the_arithmetic(folder: Path, dtype: torch.dtype, wanted: str) -> None:
+    assert probe.observe(loaded(folder, dtype)).compute_class == wanted
+
+
+def test_autocast_is_caught(folder: Path) -> None:
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert probe.observe(loaded(folder, torch.float32)).compute_class == "bf16"
+
+
+def test_one_downcast_layer_is_caught(folder: Path) -> None:
+    """A module that rounds its input to bf16 and answers in float32, as an `implicit bf16` kernel does."""
+
+    class Implicit(torch.nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x.bfloat16().float())
+
+    model = loaded(folder, torch.float32)
+    layer = model.model.layers[1].mlp.down_proj
+    sneaky = Implicit(layer.in_features, layer.out_features, bias=False)
+    sneaky.weight = layer.weight
+    model.model.layers[1].mlp.down_proj = sneaky
+    seen = probe.observe(model)
+    assert seen.compute_class == "bf16"
+    assert "down_proj" in seen.detail
+
+
+def test_operands_rounded_to_tf32_are_caught(folder: Path) -> None:
+    """TF32 needs a GPU; its rounding of operands to 11 significant bits does not."""
+
+    class TF32(torch.nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            bits = x.contiguous().view(torch.int32)
+            return super().forward(((bits + 0x1000) & ~0x1FFF).view(torch.float32))
+
+    model = loaded(folder, torch.float32)
+    layer = model.lm_head
+    sneaky = TF32(layer.in_features, layer.out_features, bias=False)
+    sneaky.weight = layer.weight
+    model.lm_head = sneaky
+    assert probe.observe(model).compute_class == "tf32"
+
+
+def test_short_sums_are_caught(folder: Path) -> None:
+    """Exact products, but every partial sum of 8 rounded to bf16."""
+
+    class ShortSums(torch.nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            parts = [xs @ ws.T for xs, ws in zip(x.split(8, -1), self.weight.split(8, -1), strict=True)]
+            total = parts[0]
+            for part in parts[1:]:
+                both = (total != 0) & (part != 0)
+                total = torch.where(both, (total + part).bfloat16().float(), total + part)
+            return total
+
+    model = loaded(folder, torch.float32)
+    layer = model.lm_head
+    sneaky = ShortSums(layer.in_features, layer.out_features, bias=False)
+    sneaky.weight = layer.weight
+    model.lm_head = sneaky
+    seen = probe.observe(model)
+    assert seen.product_bits >= probe.FP32_PRODUCT_BITS
+    assert not seen.fp32_class
+
+
+@pytest.mark.skipif(
+    not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="this CPU has no bf16 products for oneDNN to fall back on"
+)
+def test_bf16_products_of_onednn_are_caught_and_fp32_mode_undoes_them() -> None:
+    wide = torch.nn.Linear(512, 512, bias=False)
+    with torch.inference_mode(), onednn("bf16"):
+        assert probe._precision(wide)[0] < probe.FP32_PRODUCT_BITS
+        with mode("fp32").switches():
+            assert probe._precision(wide)[0] >= probe.FP32_PRODUCT_BITS
+        assert probe._precision(wide)[0] < probe.FP32_PRODUCT_BITS
+
+
+def switches() -> list[str]:
+    b: Any = torch.backends
+    return [
+        b.cuda.matmul.fp32_precision,
+        b.mkldnn.matmul.fp32_precision,
+        b.cudnn.conv.fp32_precision,
+        b.cudnn.rnn.fp32_precision,
+    ]
+
+
+@pytest.mark.parametrize("legacy", ["highest", "high", "medium"])
+def test_fp32_mode_restores_what_it_found_also_on_error_and_nested(legacy: str) -> None:
+    before_all = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(legacy)
+    try:
+        found = switches()
+        with ieee():
+            assert switches() == ["ieee"] * 4
+            with ieee():
+                pass
+            assert switches() == ["ieee"] * 4
+            assert torch.get_float32_matmul_precision() == "highest"
+        assert switches() == found
+        with pytest.raises(ZeroDivisionError), ieee():
+            raise ZeroDivisionError
+        assert switches() == found
+        assert torch.get_float32_matmul_precision() == legacy
+    finally:
+        torch.set_float32_matmul_precision(before_all)
+
+
+def test_fp32_mode_switches_autocast_off(folder: Path) -> None:
+    with torch.autocast("cpu", dtype=torch.bfloat16), ieee():
+        assert probe.observe(loaded(folder, torch.float32)).compute_class == "fp32"
+
+
+def test_the_fingerprint_holds_no_secret_and_no_host_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    import platform
+
+    monkeypatch.setenv("HF_TOKEN", "hf_secret_value")
+    monkeypatch.setenv("NVIDIA_TF32_OVERRIDE", "0")
+    facts = probe.machine()
+    assert facts["env.NVIDIA_TF32_OVERRIDE"] == "0"
+    assert "hf_secret_value" not in map(str, facts.values())
+    assert platform.node() not in map(str, facts.values())
