@@ -12,7 +12,8 @@ from .errors import ConfigError
 Scorer = Callable[[str, str], bool]
 """(generated text, right answer) -> whether it is right."""
 
-_NUMBER = re.compile(r"[-+]?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?")
+_NUMBER = re.compile(r"(?:(?<![\w)])[-+])?(?:(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|\.\d+)")
+"""A sign counts only where no operand stands before it: the last number of `5-10` is 10."""
 _CHOICE = re.compile(r"(?<![A-Za-z])\(?([A-Z])\)?(?![A-Za-z])")
 
 
@@ -23,7 +24,7 @@ def exact(text: str, answer: str) -> bool:
 
 def last_number(text: str, answer: str) -> bool:
     """The last number in the text equals the answer as a number; `1,250` and `1250.0` are the same."""
-    found = _NUMBER.findall(text)
+    found = _NUMBER.findall(text.replace("\u2212", "-"))
     return bool(found) and _number(found[-1]) == _number(answer)
 
 
@@ -91,7 +92,7 @@ def _from_code(name: str, allow_code: bool, where: str) -> Scorer:
     module, _, function = name.partition(":")
     try:
         found = getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError) as exc:
+    except (ImportError, AttributeError, ValueError, TypeError) as exc:
         raise ConfigError(f"the scorer {name!r} cannot be imported: {exc}", where=where) from None
     return lambda text, answer: bool(found(text, answer))
 

@@ -66,7 +66,9 @@ def _paired(result: SuiteResult) -> PairedTest | None:
 def _accuracy(result: SuiteResult, test: PairedTest | None) -> Check:
     if test is None:
         why = "no prompt has an answer to score"
-        if len(result.prompts) < result.size:
+        if result.counts.get(Verdict.ERROR) or result.counts.get(Verdict.MISSING):
+            why = "not every prompt could be answered"
+        elif len(result.prompts) < result.size:
             why = "only a part of the suite was selected"
         elif any(p.score_golden is not None and p.score_now is None for p in result.prompts):
             why = "prompts that differ were only replayed, not generated (--repro-method auto or decode generates them)"

@@ -91,6 +91,8 @@ def compare_replay(golden: Generation, scores: Sequence[Scores]) -> Comparison:
     top, gap = pack([s.top for s in scores], np.int64), pack([s.gap for s in scores], np.float64)
     flipped = top != golden.tokens[at]
     first = _first(flipped, owner, starts, len(rows))
+    # An unknown deficit is the worst there is: it must not hide behind a known one.
+    deficit = np.where(flipped & np.isnan(deficit), np.inf, deficit)
     worst = _argmax(np.where(flipped, deficit, -1.0), owner, starts, len(rows))
     dlogp = np.abs(logprob - golden.logprob[at])
     dgap = np.abs(gap - golden.gap[at])
@@ -103,8 +105,8 @@ def compare_replay(golden: Generation, scores: Sequence[Scores]) -> Comparison:
         golden_gap=np.where(hit, _take(golden.gap[at], flat, np.nan), np.nan),
         token_now=np.where(hit, _take(top, flat, -1), -1),
         mean_abs_dlogp=_mean(dlogp, owner, len(rows)),
-        max_abs_dlogp=_max(dlogp, owner, len(rows)),
-        max_abs_dgap=_max(dgap, owner, len(rows)),
+        max_abs_dlogp=_max(dlogp, starts),
+        max_abs_dgap=_max(dgap, starts),
         compared=np.diff(starts),
     )
 
@@ -141,7 +143,7 @@ def compare_decode(golden: Generation, now: Generation) -> Comparison:
         golden_gap=np.where(inside, _take(golden.gap, then, np.nan), np.nan),
         token_now=np.where(inside, _take(now.tokens, here, -1), -1),
         mean_abs_dlogp=_mean(dlogp, owner, len(rows)),
-        max_abs_dlogp=_max(dlogp, owner, len(rows)),
+        max_abs_dlogp=_max(dlogp, starts),
         max_abs_dgap=np.full(len(rows), np.nan),
         compared=np.bincount(owner[seen], minlength=len(rows)).astype(np.int64),
     )
@@ -191,10 +193,7 @@ def _first(mask: NDArray[np.bool_], owner: Ints, starts: Ints, rows: int) -> Int
 
 def _argmax(values: Floats, owner: Ints, starts: Ints, rows: int) -> Ints:
     """Position within its row of each row's largest value; the earliest of equals; -1 for an empty row."""
-    order = np.lexsort((-np.arange(len(values)), values, owner))
-    out = np.full(rows, -1, dtype=np.int64)
-    out[owner[order]] = order - starts[owner[order]]  # the largest is written last
-    return out
+    return _first(values == _max(values, starts)[owner], owner, starts, rows)
 
 
 def _mean(values: Floats, owner: Ints, rows: int) -> Floats:
@@ -206,11 +205,13 @@ def _mean(values: Floats, owner: Ints, rows: int) -> Floats:
     return out
 
 
-def _max(values: Floats, owner: Ints, rows: int) -> Floats:
-    out = np.full(rows, -np.inf)
-    good = ~np.isnan(values)
-    np.maximum.at(out, owner[good], values[good])
-    return np.where(np.isneginf(out), np.nan, out)
+def _max(values: Floats, starts: Ints) -> Floats:
+    """Each row's largest number, NaN entries left out; NaN for a row without any."""
+    out = np.full(len(starts) - 1, np.nan)
+    filled = np.diff(starts) > 0  # empty rows take no place, so the filled ones lie end to end
+    if filled.any():
+        out[filled] = np.fmax.reduceat(values, starts[:-1][filled])
+    return out
 
 
 def _take(column: NDArray[Any], index: Ints, otherwise: float) -> NDArray[Any]:

@@ -151,6 +151,10 @@ class Generation:
             for name in ("logprob", "gap", "runner_up"):
                 if len(getattr(row, name)) != len(row.tokens):
                     raise ValueError(f"prompt {row.id}: {len(row.tokens)} tokens but {len(getattr(row, name))} {name}")
+            if row.reference_logprob is not None and len(row.reference_logprob) != len(row.tokens):
+                raise ValueError(
+                    f"prompt {row.id}: {len(row.tokens)} tokens, {len(row.reference_logprob)} reference_logprob"
+                )
         watched = [
             r.reference_logprob if r.reference_logprob is not None else np.full(len(r.tokens), np.nan, np.float32)
             for r in rows

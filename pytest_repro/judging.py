@@ -82,7 +82,7 @@ def against(result: SuiteResult, golden: Golden, suite: Suite, allowed: frozense
         else:
             prompts.append(prompt)
     compute_class = str((result.observed or {}).get("compute_class", ""))
-    notes = _notes(golden, suite, result, changes)
+    notes = _notes(golden, suite, result, [] if barred else changes)
     return replace(
         result,
         prompts=tuple(prompts),

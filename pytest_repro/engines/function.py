@@ -18,7 +18,7 @@ import numpy as np
 
 from ..errors import ConfigError, EngineError
 from ..fingerprint import Fingerprint
-from ..generation import FINISH_REASONS, Output, Request, Scores, digest
+from ..generation import FINISH_REASONS, Generation, Output, Request, Scores, digest
 from ..probe import Observation
 from ..suite import Prompt
 from .base import Engine, Opener, Spec, Tick, no_tick
@@ -42,7 +42,7 @@ def from_name(name: str, allow_code: bool) -> Opener:
     module, _, function = name.partition(":")
     try:
         found = getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError) as exc:
+    except (ImportError, AttributeError, ValueError, TypeError) as exc:
         raise ConfigError(f"the engine {name!r} cannot be imported: {exc}", where="engine") from None
     return from_function(found, name)
 
@@ -100,14 +100,20 @@ class FunctionEngine:
             raise EngineError(f"the engine {self.name} raised {type(exc).__name__}: {exc}") from exc
         if len(answers) != len(batch):
             raise EngineError(f"the engine {self.name} was given {len(batch)} prompts and gave {len(answers)} answers")
-        outputs = [self._output(request, answer) for request, answer in zip(batch, answers, strict=True)]
+        try:
+            outputs = [self._output(request, answer) for request, answer in zip(batch, answers, strict=True)]
+            Generation.of(batch, outputs)  # columns as long as the tokens
+        except (ValueError, TypeError, OverflowError) as exc:
+            raise EngineError(f"the engine {self.name} gave an answer that does not fit: {exc}") from exc
         for output in outputs:
             tick(len(output.tokens))
         return outputs
 
     def _output(self, request: Request, answer: Any) -> Output:
         row: Mapping[str, Any] = (
-            {"text": answer, "tokens": list(answer.encode())} if isinstance(answer, str) else answer
+            {"text": answer, "tokens": list(answer.encode())}
+            if isinstance(answer, str)
+            else answer
         )
         if not isinstance(row, Mapping) or "tokens" not in row:
             raise EngineError(

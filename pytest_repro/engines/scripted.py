@@ -47,7 +47,7 @@ def open_engine(spec: Spec) -> Iterator[Engine]:
 
 def _read(path: Path) -> dict[str, dict[str, Any]]:
     try:
-        lines = path.read_text("utf-8").splitlines()
+        lines = path.read_text("utf-8").rstrip("\n").split("\n")
     except OSError as exc:
         raise ConfigError(f"the script cannot be read: {exc.strerror}", where=path) from None
     rows: dict[str, dict[str, Any]] = {}

@@ -26,11 +26,16 @@ MOST_SUSPECTS = 6
 
 def title(suite: Mapping[str, Any]) -> str:
     """Heading of a suite's section."""
-    return f"repro: {suite['path']} [{suite['numerics']}]"
+    return inert(f"repro: {suite['path']} [{suite['numerics']}]")
 
 
 def lines(suite: Mapping[str, Any], *, verbose: bool = False) -> Iterator[Line]:
     """The section of one suite. A suite that passed without a difference takes two lines."""
+    # Names, paths, texts and messages come from goldens, suites and models: none of it may act.
+    yield from ((inert(text), style) for text, style in _section(suite, verbose))
+
+
+def _section(suite: Mapping[str, Any], verbose: bool) -> Iterator[Line]:
     yield from _head(suite)
     shown = sorted(
         (p for p in suite["prompts"] if p["verdict"] != "identical"),
@@ -49,11 +54,11 @@ def lines(suite: Mapping[str, Any], *, verbose: bool = False) -> Iterator[Line]:
         )
         if loud or verbose:
             mark = {"fail": "FAIL ", "skip": "", "pass": ""}[check["status"]]
-            first, *rest = check["message"].splitlines()
-            yield f"{check['name']:<13} {mark}{inert(first)}", "red" if mark else ""
-            yield from ((f"{'':<13} {inert(line)}", "") for line in rest)
+            first, *rest = check["message"].split("\n")
+            yield f"{check['name']:<13} {mark}{first}", "red" if mark else ""
+            yield from ((f"{'':<13} {line}", "") for line in rest)
     for note in suite["notes"]:
-        yield f"{'note':<13} {inert(note)}", ""
+        yield f"{'note':<13} {note}", ""
     for i, step in enumerate(suite["next_steps"]):
         when = f"   {step['when']}" if step["when"] else ""
         yield f"{'next' if i == 0 else '':<13} {step['command']}{when}", "bold"
@@ -70,6 +75,14 @@ def _head(suite: Mapping[str, Any]) -> Iterator[Line]:
     counts = " · ".join(f"{suite['counts'][v]} {v}" for v in reversed(_ORDER) if suite["counts"].get(v))
     rules = "; ".join(suite["failures"])
     yield f"      {counts}" + (f"            {rules}" if rules else ""), ""
+    moved = suite["metrics"].get("mean_abs_dlogp")
+    if moved is not None and (failed or suite["counts"].keys() != {"identical"}):
+        benign = suite["metrics"]["benign_abs_dlogp"]
+        yield (
+            f"      mean |Δlogp| {_number(moved)}, benign {_number(benign)}; deficits up to {_number(suite['envelope_deficit'])} "
+            "are rounding",
+            "",
+        )
 
 
 def _all_alike(shown: list[Mapping[str, Any]]) -> bool:
@@ -81,22 +94,26 @@ def _all_alike(shown: list[Mapping[str, Any]]) -> bool:
 def _same_reason(shown: list[Mapping[str, Any]]) -> Iterator[Line]:
     """One cause that struck every prompt is told once."""
     first = shown[0]
-    yield f"{first['verdict']:<13} all {len(shown)}: {inert(first['reason'])}", "red"
+    yield f"{first['verdict']:<13} all {len(shown)}: {first['reason']}", "red"
 
 
 def _prompts(shown: list[Mapping[str, Any]], verbose: bool) -> Iterator[Line]:
     kept = shown if verbose else shown[:MOST_PROMPTS]
     for prompt in kept:
-        yield from prompt_lines(prompt)
+        yield from _prompt(prompt)
     if len(shown) > len(kept):
         yield f"{'':<13} … and {len(shown) - len(kept)} more: -v shows all, --repro-report-json FILE keeps all", ""
 
 
 def prompt_lines(p: Mapping[str, Any]) -> Iterator[Line]:
     """One prompt: where it parts, by how much, and both continuations."""
+    yield from ((inert(text), style) for text, style in _prompt(p))
+
+
+def _prompt(p: Mapping[str, Any]) -> Iterator[Line]:
     style = _STYLE.get(p["verdict"], "")
     if p["divergence_index"] is None:
-        yield f"{p['verdict']:<13} {p['id']}  {inert(p['reason'])}", style
+        yield f"{p['verdict']:<13} {p['id']}  {p['reason']}", style
         return
     gap = "" if p["golden_gap"] is None else f", golden's gap {_number(p['golden_gap'])}"
     deficit = "unknown" if p["deficit"] is None else _number(p["deficit"])
@@ -106,11 +123,11 @@ def prompt_lines(p: Mapping[str, Any]) -> Iterator[Line]:
         style,
     )
     if p["verdict"] == "drift":
-        yield f"{'':<13} {inert(p['reason'])}", ""
+        yield f"{'':<13} {p['reason']}", ""
     for name, texts in (("golden", p["golden_text"]), ("now", p["now_text"])):
         if texts:
             yield (
-                f"{'':<13} {name:<7} … {inert(texts['before'], 48)}|{inert(texts['token'])}|{inert(texts['after'])}",
+                f"{'':<13} {name:<7} … {inert(texts['before'], 48)}|{texts['token']}|{texts['after']}",
                 "",
             )
 
@@ -146,6 +163,10 @@ def _number(value: float) -> str:
 
 def recording(r: Mapping[str, Any]) -> Iterator[Line]:
     """A candidate that was recorded."""
+    yield from ((inert(text), style) for text, style in _recording(r))
+
+
+def _recording(r: Mapping[str, Any]) -> Iterator[Line]:
     changed = "nothing to compare with" if r["changed"] is None else f"{r['changed']} prompts changed"
     accuracy = "" if r["accuracy"] is None else f", accuracy {r['accuracy']:.1f} %"
     yield f"recorded  {r['prompts']} prompts as {r['golden']}: {changed}{accuracy}, {r['seconds']:.0f} s", "yellow"

@@ -3,12 +3,29 @@
 from __future__ import annotations
 
 import json
+import math
 from functools import cache
 from importlib import resources
 from typing import Any
 
-from jsonschema import Draft202012Validator
+from jsonschema import Draft202012Validator, validators
 from jsonschema.exceptions import ValidationError
+
+
+def _finite(_: Any, value: Any) -> bool:
+    """A NaN threshold would never be exceeded, an infinite envelope would explain anything."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _whole(_: Any, value: Any) -> bool:
+    """A count is an int: JSON Schema would take 2.0 for one, which here is a share."""
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+_Strict: Any = validators.extend(
+    Draft202012Validator,
+    type_checker=Draft202012Validator.TYPE_CHECKER.redefine("number", _finite).redefine("integer", _whole),
+)
 
 
 @cache
@@ -17,7 +34,8 @@ def validator(name: str, definition: str = "") -> Draft202012Validator:
     schema = json.loads(resources.files(__package__).joinpath(f"{name}.schema.json").read_text("utf-8"))
     if definition:
         schema = {"$ref": f"#/$defs/{definition}", "$defs": schema["$defs"]}
-    return Draft202012Validator(schema)
+    checked: Draft202012Validator = _Strict(schema)
+    return checked
 
 
 def first_error(data: Any, name: str, definition: str = "") -> ValidationError | None:

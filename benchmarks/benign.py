@@ -1,0 +1,73 @@
+"""How far do benign changes move the shipped goldens? Other instruction sets, one thread; replay of every prompt.
+
+    python benchmarks/benign.py
+
+Each change is a fresh pytest process with its environment; figures are each prompt's mean |Δlogp| over its own recorded
+benign level, and what the verdicts were. `docs/decisions/0003-*.md` rests on them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from _report import publish
+
+ROOT = Path(__file__).parent.parent
+CHANGES = {
+    "none": {},
+    "one thread": {"OMP_NUM_THREADS": "1"},
+    "AVX2": {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"},
+    "SSE4": {"ATEN_CPU_CAPABILITY": "default", "ONEDNN_MAX_CPU_ISA": "SSE41", "MKL_ENABLE_INSTRUCTIONS": "SSE4_2"},
+}
+
+
+def check(environment: dict[str, str], report: Path) -> list[dict[str, Any]]:
+    """One pytest run; the suites of its report."""
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "--repro-check",
+        "golden/word-problems",
+        "--repro-method",
+        "replay",
+        "-q",
+    ]
+    subprocess.run(
+        [*command, f"--repro-report-json={report}"],
+        cwd=ROOT,
+        env={**os.environ, **environment},
+        stdout=subprocess.DEVNULL,
+        check=False,
+    )
+    suites: list[dict[str, Any]] = json.loads(report.read_text())["suites"]
+    return suites
+
+
+def main() -> None:
+    figures: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for name, environment in CHANGES.items():
+            for suite in check(environment, Path(folder) / "report.json"):
+                ratios = [p["mean_abs_dlogp"] / p["benign_dlogp"] for p in suite["prompts"]]
+                figures[f"{suite['numerics']}, {name}"] = {
+                    "mean |Δlogp|": f"{suite['metrics']['mean_abs_dlogp']:.3g}",
+                    "over the benign level, median": round(statistics.median(ratios), 2),
+                    "over the benign level, largest": round(max(ratios), 2),
+                    "largest deficit": f"{max(p['deficit'] for p in suite['prompts']):.3g}",
+                    "envelope": f"{suite['envelope_deficit']:.3g}",
+                    "verdicts": suite["counts"],
+                    "suite": suite["verdict"],
+                }
+    publish("benign", figures)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,126 @@
+"""The drawn module tree, the direction of imports, and who may import what: held against the files."""
+
+from __future__ import annotations
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "pytest_repro"
+DRAWING = (ROOT / "docs" / "architecture.md").read_text("utf-8")
+
+LAYERS = [
+    {"suite", "generation", "fingerprint", "schemas", "errors"},
+    {"judging", "checks", "candidate", "comparison", "noise", "accuracy", "verdict", "result", "golden"},
+    {"store", "probe", "models", "engines", "numerics"},
+    {"report"},
+    {"gate", "review"},
+    {"plugin", "cli", "session", "fixture", "testing"},
+]
+HEAVY = {
+    "pytest": {"plugin", "testing"},
+    "torch": {"engines.transformers", "numerics.fp32", "models", "probe", "review"},
+    "transformers": {"engines.transformers", "models"},
+    "huggingface_hub": {"models"},
+    "typer": {"cli"},
+    "rich": {"cli"},
+    "git": {"probe"},
+    "pynvml": {"probe"},
+}
+AT_THE_TOP = {
+    "torch": {"engines.transformers"},
+    "transformers": {"engines.transformers"},
+    "pytest": {"plugin", "testing"},
+}
+
+
+def modules() -> dict[str, ast.Module]:
+    found = {}
+    for path in sorted(PACKAGE.rglob("*.py")):
+        name = ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__")
+        found[name] = ast.parse(path.read_text("utf-8"))
+    return {name: tree for name, tree in found.items() if name != "__init__"}
+
+
+MODULES = modules()
+
+
+def typing_only(tree: ast.Module) -> set[ast.AST]:
+    guarded: set[ast.AST] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING":
+            guarded |= set(ast.walk(node))
+    return guarded
+
+
+def imports(name: str) -> list[tuple[str, bool]]:
+    """(absolute dotted name, whether it is at the top of the module) of every import, type-only ones aside."""
+    tree = MODULES[name]
+    top, guarded, found = set(tree.body), typing_only(tree), []
+    package = ("pytest_repro." + name).split(".")
+    if not (PACKAGE / Path(*name.split(".")) / "__init__.py").exists():
+        package = package[:-1]
+    for node in ast.walk(tree):
+        if node in guarded:
+            continue
+        if isinstance(node, ast.Import):
+            found += [(alias.name, node in top) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            stem = ".".join([*base, *(node.module.split(".") if node.module else [])])
+            found += [(f"{stem}.{alias.name}" if node.level else stem, node in top) for alias in node.names]
+    return found
+
+
+def layer(name: str) -> int:
+    return next(i for i, members in enumerate(LAYERS) if name.split(".")[0] in members)
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_imports_point_down(name: str) -> None:
+    for imported, _ in imports(name):
+        if imported.startswith("pytest_repro."):
+            below = imported.removeprefix("pytest_repro.")
+            if below.split(".")[0] in {m.split(".")[0] for m in MODULES}:
+                assert layer(below) <= layer(name), f"{name} imports {below}, which lies above it"
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_heavy_packages_stay_where_they_belong(name: str) -> None:
+    for imported, at_the_top in imports(name):
+        package = imported.split(".")[0]
+        if package in HEAVY:
+            assert name in HEAVY[package], f"{name} imports {package}"
+            if at_the_top and package in AT_THE_TOP:
+                assert name in AT_THE_TOP[package], f"{name} imports {package} at its top"
+
+
+def test_the_drawing_is_the_tree() -> None:
+    drawn, folder = set(), ""
+    block = DRAWING.split("## The modules")[1].split("```")[1]
+    for line in block.splitlines()[2:]:
+        entry = re.match(r"^( +)([a-z0-9_]+(?:\.py|/))", line)
+        assert entry, line
+        if entry[2].endswith("/"):
+            folder = entry[2]
+            drawn.add(folder)
+        else:
+            drawn.add((folder if len(entry[1]) > 2 else "") + entry[2])
+    files = {p.relative_to(PACKAGE).as_posix() for p in PACKAGE.rglob("*.py") if p.name != "__init__.py"}
+    folders = {f"{p.parent.relative_to(PACKAGE).as_posix()}/" for p in PACKAGE.rglob("*/__init__.py")}
+    assert drawn == files | folders
+
+
+def test_every_module_has_its_layer_in_the_document() -> None:
+    table = DRAWING.split("## Layers")[1]
+    for members in LAYERS:
+        assert any(
+            all(re.search(rf"\b{m}\b", row) for m in members) for row in table.splitlines() if row.startswith("|")
+        )
+
+
+def test_every_module_says_what_it_is() -> None:
+    assert [name for name, tree in MODULES.items() if not ast.get_docstring(tree)] == []
