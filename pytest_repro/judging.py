@@ -12,7 +12,7 @@ import numpy as np
 
 from . import accuracy, checks, fingerprint, noise
 from .comparison import Comparison, Row, finite
-from .errors import GoldenError, GoldenMissing, ReproError
+from .errors import EngineError, GoldenError, GoldenMissing, ReproError
 from .fingerprint import IDENTITY
 from .generation import Generation, Request, digest, token_digest
 from .golden import Golden
@@ -291,7 +291,14 @@ def scores(suite: Suite, texts: Sequence[str], ids: Sequence[str], allow_code: b
     """Whether each text answers its prompt; None for prompts without an answer."""
     answers = {p.id: p.answer for p in suite.prompts}
     right = accuracy.scorer(suite.scorer, pattern=suite.pattern, allow_code=allow_code, where=str(suite.folder))
-    return tuple(
-        None if (answer := answers.get(name)) is None else right(text, answer)
-        for name, text in zip(ids, texts, strict=True)
-    )
+    try:
+        return tuple(
+            None if (answer := answers.get(name)) is None else right(text, answer)
+            for name, text in zip(ids, texts, strict=True)
+        )
+    except Exception as exc:
+        if ":" not in suite.scorer:
+            raise
+        raise EngineError(
+            f"the scorer {suite.scorer} raised {type(exc).__name__}: {exc}", where=str(suite.folder)
+        ) from exc

@@ -24,7 +24,7 @@ from .errors import ConfigError, EngineError
 from .gate import Options
 from .report import document
 from .report.progress import Display
-from .store import atomic_write
+from .store import STEM, atomic_write
 from .suite import Overrides, Suite, load, parse_threshold
 
 
@@ -139,6 +139,11 @@ def _progress(config: Any, suite: Suite, mode: str) -> Any:
 
 def validated(path: Path, session: Session) -> Suite:
     """The suite, with everything it names known to exist before anything runs."""
+    golden = session.config.option.repro_golden
+    if golden and not STEM.fullmatch(golden):
+        raise ConfigError(
+            f"{golden!r} is not a golden's name", where="--repro-golden", fix="e.g. bf16 or bf16@cuda-sm90"
+        )
     suite = load(path, session.overrides(), session.defaults())
     for mode in suite.numerics:
         numerics.mode(mode)

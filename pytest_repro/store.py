@@ -8,6 +8,7 @@ one stands, so that an interrupted `accept` is mended by repeating it.
 from __future__ import annotations
 
 import os
+import re
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -19,6 +20,8 @@ from .errors import ConfigError, GoldenError, GoldenMissing
 from .golden import Golden, Review
 
 GOLDEN, PENDING = ".golden", ".pending"
+STEM = re.compile(r"[a-z0-9_]+(@[a-z0-9_-]+)?")
+"""A golden's name: a compute class, and a device class if it is for one only."""
 
 
 def typed(path: Path) -> str:

@@ -139,7 +139,8 @@ def apply(suite: Suite, o: Overrides) -> Suite:
     Raises:
         ConfigError: a threshold that does not exist, or a value out of its range.
     """
-    named = {"model": o.model, "engine": o.engine, "numerics": o.numerics}
+    modes = tuple(dict.fromkeys(o.numerics)) if o.numerics else None  # a mode named twice is checked once
+    named = {"model": o.model, "engine": o.engine, "numerics": modes}
     sized = {"batch_size": o.batch_size, "max_new_tokens": o.max_new_tokens}
     for name, value in sized.items():
         if value is not None and value < 1:
@@ -302,4 +303,8 @@ def _prompt(where: str, line: str) -> Prompt:
     if data["id"] in SUITE_ITEMS:
         raise ConfigError(f"the id {data['id']!r} is taken by a check of the whole suite", where=f"{where} [id]")
     content = data["prompt"] if "prompt" in data else data["messages"]
+    try:
+        json.dumps(content, ensure_ascii=False).encode()
+    except UnicodeEncodeError as exc:
+        raise ConfigError(f"half of a surrogate pair, which is not text: {exc.reason}", where=where) from None
     return Prompt(id=data["id"], content=content, answer=data.get("answer"))

@@ -111,9 +111,7 @@ class FunctionEngine:
 
     def _output(self, request: Request, answer: Any) -> Output:
         row: Mapping[str, Any] = (
-            {"text": answer, "tokens": list(answer.encode())}
-            if isinstance(answer, str)
-            else answer
+            {"text": answer, "tokens": list(answer.encode())} if isinstance(answer, str) else answer
         )
         if not isinstance(row, Mapping) or "tokens" not in row:
             raise EngineError(

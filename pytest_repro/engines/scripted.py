@@ -37,11 +37,14 @@ def open_engine(spec: Spec) -> Iterator[Engine]:
         )
     path = inside(spec.folder, name, where=f"{spec.folder} [engine.script]")
     claimed = spec.mode.compute_class or "bf16"
+    jitter = spec.options.get("jitter", 0.0)
+    if not isinstance(jitter, int | float):
+        raise ConfigError(f"{jitter!r} is not a number", where=f"{spec.folder} [engine.jitter]")
     yield ScriptedEngine(
         _read(path),
         max_new_tokens=spec.max_new_tokens,
         observed=str(spec.options.get("observed", claimed)),
-        jitter=float(spec.options.get("jitter", 0.0)),
+        jitter=float(jitter),
     )
 
 

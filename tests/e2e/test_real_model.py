@@ -1,0 +1,157 @@
+"""The promise, on the real SmolLM2-135M-Instruct and the shipped goldens: a few prompts of each, as users would run them.
+
+The whole suite passes in README's first command, which CI runs word for word.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from jsonschema import Draft202012Validator
+from safetensors.torch import load_file, save_file
+
+from pytest_repro import models, suite
+
+ROOT = Path(__file__).parents[2]
+SUITE = ROOT / "golden" / "word-problems"
+SCHEMA = json.loads((ROOT / "pytest_repro" / "schemas" / "report.schema.json").read_text())
+FEW = ("-k", "p01 or p02 or p03 or p04 or p05 or p06 or p07 or p08")
+
+pytestmark = pytest.mark.real_model
+
+
+@pytest.fixture(scope="module")
+def model() -> models.ModelFiles:
+    """Fetched and converted by whoever comes first."""
+    return models.resolve(suite.load(SUITE).model, SUITE)
+
+
+class Run:
+    """One pytest process on the shipped suite, with its report."""
+
+    def __init__(self, folder: Path, *arguments: str, root: Path = ROOT, **environment: str) -> None:
+        report = folder / "report.json"
+        report.unlink(missing_ok=True)
+        clean = {k: v for k, v in os.environ.items() if k != "CI"}
+        done = subprocess.run(
+            [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *arguments, f"--repro-report-json={report}"],
+            cwd=root, env={**clean, **environment}, capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        self.rc, self.output = done.returncode, done.stdout + done.stderr
+        self.report: dict[str, Any] = json.loads(report.read_text())
+        Draft202012Validator(SCHEMA).validate(self.report)
+        self.suite: dict[str, Any] = self.report["suites"][0] if self.report["suites"] else {}
+
+    @property
+    def verdicts(self) -> set[str]:
+        return {p["verdict"] for p in self.suite["prompts"]}
+
+    @property
+    def suspects(self) -> list[str]:
+        return [c["field"] for c in self.suite["environment_diff"] if c["cls"] == "numerics"]
+
+
+@pytest.fixture(scope="module")
+def scaled(model: models.ModelFiles, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the model with one layer's output off by two per cent: a small real bug."""
+    folder = shutil.copytree(model.path, tmp_path_factory.mktemp("scaled") / "model")
+    tensors = load_file(folder / "model.safetensors")
+    name = "model.layers.15.mlp.down_proj.weight"
+    tensors[name] = (tensors[name].float() * 0.98).to(tensors[name].dtype)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def test_bf16_at_another_batch_size_flips_near_ties_and_nothing_else(model: models.ModelFiles, tmp_path: Path) -> None:
+    run = Run(
+        tmp_path, "--repro-check", "golden/word-problems", "--repro-numerics", "bf16", "--repro-batch-size", "1",
+        "--repro-method", "decode", "--repro-threshold", "max_divergent=0", *FEW,
+    )  # fmt: skip
+    near = [p for p in run.suite["prompts"] if p["verdict"] == "near_tie"]
+    assert run.rc == 1
+    assert len(near) >= 2
+    assert "drift" not in run.verdicts
+    assert run.suspects[0] == "batch_size"
+    assert all(p["deficit"] is not None and p["golden_gap"] is not None and p["divergence_index"] >= 0 for p in near)
+    assert "--repro-numerics fp32   FP32 (or LayerCast) removes what is only rounding" in run.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "environment"),
+    [
+        (("--repro-batch-size", "4", "--repro-method", "decode"), {}),
+        (("--repro-method", "replay"), {"ATEN_CPU_CAPABILITY": "avx2"}),
+        (("--repro-method", "replay"), {"OMP_NUM_THREADS": "1"}),
+    ],
+    ids=["batch size 4", "AVX2", "one thread"],
+)
+def test_fp32_holds_where_numerics_change(
+    model: models.ModelFiles, tmp_path: Path, arguments: tuple[str, ...], environment: dict[str, str]
+) -> None:
+    run = Run(
+        tmp_path, "--repro-check", "golden/word-problems", "--repro-numerics", "fp32", *arguments, *FEW, **environment
+    )
+    assert run.rc == 0, run.output
+    assert run.verdicts <= {"identical", "waived"}
+    assert run.suite["observed_compute"] == "fp32"
+    assert run.suspects != []
+
+
+def test_a_small_real_bug_is_another_model_and_if_allowed_drift(scaled: Path, tmp_path: Path) -> None:
+    check = ("--repro-check", "golden/word-problems", "--repro-numerics", "fp32", "--repro-model", str(scaled))
+    run = Run(tmp_path, *check, *FEW)
+    assert run.rc == 1
+    assert run.verdicts == {"incomparable"}
+    assert "model.weights differ" in run.output
+    run = Run(tmp_path, *check, "--repro-allow-changed", "model", "--repro-method", "replay", *FEW)
+    assert run.rc == 1
+    assert run.verdicts == {"drift"}
+    flipped = [p for p in run.suite["prompts"] if p["divergence_index"] is not None]
+    assert len(flipped) < len(run.suite["prompts"])
+    assert run.suite["metrics"]["mean_abs_dlogp"] > 100 * run.suite["metrics"]["benign_abs_dlogp"]
+
+
+def test_bf16_compute_is_never_taken_for_an_fp32_golden(model: models.ModelFiles, tmp_path: Path) -> None:
+    run = Run(
+        tmp_path, "--repro-check", "golden/word-problems", "--repro-numerics", "bf16", "--repro-golden", "fp32",
+        "--repro-method", "replay", *FEW,
+    )  # fmt: skip
+    assert run.rc == 1
+    assert run.verdicts <= {"near_tie", "drift"}
+    assert run.suspects[0] == "numerics" or run.suspects[0] == "dtype"
+
+
+def test_record_accept_check_edit(model: models.ModelFiles, tmp_path: Path) -> None:
+    """The life of a golden of one's own, on a folder of one's own."""
+    folder = tmp_path / "golden" / "mine"
+    folder.mkdir(parents=True)
+    (folder / "prompts.jsonl").write_text(
+        '{"id": "a", "prompt": "What is 2 + 3?", "answer": "5"}\n{"id": "b", "prompt": "Say hello."}\n'
+    )
+    (folder / "suite.toml").write_text(
+        f'[suite]\nname = "mine"\nmodel = "{model.path}"\nprompts = "prompts.jsonl"\n'
+        '[generation]\nmax_new_tokens = 12\nbatch_size = 2\n[run]\nnumerics = ["bf16"]\n'
+    )
+    recorded = Run(tmp_path, "--repro-update", "golden", root=tmp_path)
+    assert recorded.rc == 0, recorded.output
+    assert recorded.report["recordings"][0]["golden"] == "bf16.pending.jsonl"
+    assert Run(tmp_path, "--repro-check", "golden", root=tmp_path).rc == 1
+    accepted = subprocess.run(
+        [sys.executable, "-m", "pytest_repro.cli", "accept", "--all", "--reason", "read"], cwd=tmp_path, check=False
+    )
+    assert accepted.returncode == 0
+    checked = Run(tmp_path, "--repro-check", "golden", root=tmp_path)
+    assert checked.rc == 0, checked.output
+    assert checked.verdicts == {"identical"}
+    text = folder / "bf16.golden.jsonl"
+    text.write_text(text.read_text().replace('"score": null', '"score": true'))
+    edited = Run(tmp_path, "--repro-check", "golden", root=tmp_path)
+    assert edited.rc == 1
+    assert "was edited by hand" in edited.output
