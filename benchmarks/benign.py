@@ -20,15 +20,24 @@ from typing import Any
 from _report import publish
 
 ROOT = Path(__file__).parent.parent
-CHANGES = {
-    "none": {},
-    "one thread": {"OMP_NUM_THREADS": "1"},
-    "AVX2": {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"},
-    "SSE4": {"ATEN_CPU_CAPABILITY": "default", "ONEDNN_MAX_CPU_ISA": "SSE41", "MKL_ENABLE_INSTRUCTIONS": "SSE4_2"},
+BOTH = ("fp32", "bf16")
+CHANGES: dict[str, tuple[tuple[str, ...], dict[str, str]]] = {
+    "none": (BOTH, {}),
+    "one thread": (BOTH, {"OMP_NUM_THREADS": "1"}),
+    # torch's own bf16 attention cannot be forced down on a CPU with bf16 instructions: oneDNN's products alone can.
+    "oneDNN without bf16 instructions": (("bf16",), {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE"}),
+    "AVX2": (
+        ("fp32",),
+        {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"},
+    ),
+    "SSE4": (
+        ("fp32",),
+        {"ATEN_CPU_CAPABILITY": "default", "ONEDNN_MAX_CPU_ISA": "SSE41", "MKL_ENABLE_INSTRUCTIONS": "SSE4_2"},
+    ),
 }
 
 
-def check(environment: dict[str, str], report: Path) -> list[dict[str, Any]]:
+def check(numerics: tuple[str, ...], environment: dict[str, str], report: Path) -> list[dict[str, Any]]:
     """One pytest run; the suites of its report."""
     command = [
         sys.executable,
@@ -41,7 +50,7 @@ def check(environment: dict[str, str], report: Path) -> list[dict[str, Any]]:
         "-q",
     ]
     subprocess.run(
-        [*command, f"--repro-report-json={report}"],
+        [*command, f"--repro-report-json={report}", f"--repro-numerics={','.join(numerics)}"],
         cwd=ROOT,
         env={**os.environ, **environment},
         stdout=subprocess.DEVNULL,
@@ -54,8 +63,8 @@ def check(environment: dict[str, str], report: Path) -> list[dict[str, Any]]:
 def main() -> None:
     figures: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
-        for name, environment in CHANGES.items():
-            for suite in check(environment, Path(folder) / "report.json"):
+        for name, (numerics, environment) in CHANGES.items():
+            for suite in check(numerics, environment, Path(folder) / "report.json"):
                 ratios = [p["mean_abs_dlogp"] / p["benign_dlogp"] for p in suite["prompts"]]
                 figures[f"{suite['numerics']}, {name}"] = {
                     "mean |Δlogp|": f"{suite['metrics']['mean_abs_dlogp']:.3g}",

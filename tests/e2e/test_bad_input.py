@@ -61,10 +61,6 @@ BAD_SUITES: dict[str, tuple[Callable[[Project], object], list[str]]] = {
         [SUITE, "[thresholds.fp32.max_divergent]", "1.5 is not a count"],
     ),
     "unknown-scorer": (lambda p: p.suite(suite={"scorer": "exactly"}), [SUITE, "unknown scorer 'exactly'; known: exact"]),
-    "bad-pattern": (
-        lambda p: p.suite(suite={"scorer": "regex", "pattern": "("}),
-        [SUITE, "the scorer's pattern is not a regular expression"],
-    ),
     "code-scorer": (lambda p: p.suite(suite={"scorer": "os:system"}), [SUITE, "'os:system' is code", "--repro-allow-code"]),
     "code-engine": (
         lambda p: p.suite(suite={"engine": "os:system"}, engine=None),
@@ -93,7 +89,6 @@ BAD_SUITES: dict[str, tuple[Callable[[Project], object], list[str]]] = {
     ),
     "empty-suite": (lambda p: p.write(PROMPTS, "\n\n"), [PROMPTS, "the suite is empty"]),
     "bad-line": (_prompts(b'{"id": "b", "prompt": "y"'), [f"{PROMPTS}:2", "not valid JSON"]),
-    "unknown-field": (_prompts(b'{"id": "b", "promt": "y"}'), [f"{PROMPTS}:2", "unknown key 'promt'"]),
     "neither": (_prompts(b'{"id": "b"}'), [f"{PROMPTS}:2", 'either "prompt" or "messages"']),
     "duplicate-id": (_prompts(b'{"id": "a", "prompt": "y"}'), [f"{PROMPTS}:2", "duplicate id 'a', first used on line 1"]),
     "taken-id": (_prompts(b'{"id": "accuracy", "prompt": "y"}'), [f"{PROMPTS}:2 [id]", "'accuracy' is taken"]),

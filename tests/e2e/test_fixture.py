@@ -40,10 +40,6 @@ def test_without_an_option_the_test_is_skipped(project: Project) -> None:
 
 def test_a_suite_checked_from_a_test(project: Project) -> None:
     project.suite(answers=ANSWERS, texts=TEXTS).write("test_own.py", CHECK)
-    missing = project.check("-v", where="test_own.py")
-    assert missing.rc == 1
-    assert "golden/demo [bf16] fails: 4 missing" in missing.out
-
     recorded = project.pytest("--repro-update", "test_own.py", "-s")
     assert recorded.rc == 0, recorded.text
     assert "accuracy 0.75 passed True" in recorded.out
@@ -74,10 +70,6 @@ def test_accuracy_that_was_not_judged_is_not_a_number(accepted: Project) -> None
 
 def test_prompts_of_a_test_have_goldens_named_after_it(project: Project) -> None:
     project.write("engine.py", ENGINE.format(suffix="")).write("test_own.py", GREETING)
-    missing = project.check(where="test_own.py")
-    assert missing.rc == 1
-    assert "there is no golden" in missing.out
-
     project.update(where="test_own.py")
     folders = sorted(p.name for p in (project.root / "golden/tests").iterdir())
     assert len(folders) == 2

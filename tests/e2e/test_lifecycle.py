@@ -49,7 +49,6 @@ def test_a_golden_stands_only_after_it_was_accepted_with_a_reason(project: Proje
 
     for args, complaint in (
         (["--all"], "needs a reason"),
-        (["--all", "--reason", "  "], "needs a reason"),
         (["--reason", "fine"], "accept --all"),
     ):
         refused = project.cli("accept", "golden", *args)
@@ -214,11 +213,9 @@ def test_goldens_and_environment_can_be_read(accepted: Project) -> None:
     assert missing.rc == 2
     assert "no prompt 'zz'" in missing.err
 
-    table, facts = accepted.cli("env"), accepted.cli("env", "--as-json")
-    assert table.rc == facts.rc == 0
-    assert "cpu_model" in table.out
-    assert json.loads(facts.out)["python"]
-    assert json.loads(accepted.cli("pending", "--as-json").out) == []
+    facts = accepted.cli("env", "--as-json")
+    assert facts.rc == 0
+    assert {"python", "cpu_model", "time"} < set(json.loads(facts.out))
     assert json.loads(accepted.cli("diff", "--as-json").out) == []
 
 

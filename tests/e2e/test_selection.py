@@ -87,7 +87,6 @@ def test_last_failed_and_exit_first(accepted: Project) -> None:
 
 
 def test_workers_give_the_same_verdicts_and_one_report(accepted: Project) -> None:
-    accepted.suite(answers=dict.fromkeys(TOKENS, "4"), texts=dict.fromkeys(TOKENS, "4")).update().accept()
     accepted.flip("b", DRIFT)
     alone = accepted.check("-v", "--repro-report-json", "alone.json", "--junitxml=alone.xml")
     shared = accepted.check("-v", "-n", "2", "--repro-report-json", "shared.json", "--junitxml=shared.xml")
