@@ -87,7 +87,7 @@ def _from_code(name: str, allow_code: bool, where: str) -> Scorer:
         raise ConfigError(
             f"the scorer {name!r} is code, and a suite may not run code by itself",
             where=where,
-            fix="if you trust it, add --repro-allow-code (or allow_code = true in [tool.pytest-repro])",
+            fix="if you trust it, add --repro-allow-code",
         )
     module, _, function = name.partition(":")
     try:

@@ -72,7 +72,7 @@ def _accuracy(result: SuiteResult, test: PairedTest | None) -> Check:
             why = "only a part of the suite was selected"
         elif any(p.score_golden is not None and p.score_now is None for p in result.prompts):
             why = "prompts that differ were only replayed, not generated (--repro-method auto or decode generates them)"
-        return Check("accuracy", "skip", f"accuracy not judged: {why}")
+        return Check("accuracy", "skip", f"not judged: {why}")
     power = "no drop" if test.smallest_drop is None else f"a drop of {test.smallest_drop:.1f} points"
     message = (
         f"{test.golden:.1f} % -> {test.now:.1f} %   {test.lost} lost, {test.gained} gained, p = {test.p_value:.2g}; "
@@ -84,7 +84,7 @@ def _accuracy(result: SuiteResult, test: PairedTest | None) -> Check:
 
 def _length(result: SuiteResult, ratio: float | None) -> Check:
     if ratio is None:
-        return Check("length", "skip", "length not judged: not every prompt was generated")
+        return Check("length", "skip", "not judged: not every prompt was generated")
     low, high = result.thresholds.length_ratio
     status = "pass" if low <= ratio <= high else "fail"
     return Check("length", status, f"mean output length is {ratio:.3f} of the golden's, allowed {low} to {high}")

@@ -20,8 +20,8 @@ from rich.text import Text
 from . import __version__, probe, review, store
 from .errors import ConfigError, ReproError
 from .golden import Golden
-from .report.text import inert
 from .store import Place
+from .text import inert
 
 app = typer.Typer(
     help="Review golden generations recorded by pytest --repro-update.", no_args_is_help=True, add_completion=False,
@@ -124,6 +124,8 @@ def show(
     path: Where = Path("golden"), prompt: Annotated[str, typer.Option("--prompt", help="Only this prompt.")] = ""
 ) -> None:
     """Show goldens: where they come from, who accepted them, and their texts."""
+    if not path.exists():
+        raise ConfigError("there is no such folder", where=path, fix="name a suite's folder, e.g. golden/my-suite")
     folders = sorted({p.parent for p in path.rglob(f"*{store.GOLDEN}.jsonl")} | {path})
     places = [place for folder in folders for place in store.places(folder)]
     if not places:
@@ -144,7 +146,7 @@ def _show_golden(place: Place, golden: Golden, only: str) -> None:
         span = golden.generation.span(i)
         head = f"{golden.generation.ids[i]}  {span.stop - span.start} tokens, {golden.generation.finish_reasons[i]}  {score}"
         console.print(Text(head, style="bold"))
-        console.print(Text(f"    {inert(golden.generation.texts[i])}"))
+        console.print(Text(f"    │ {inert(golden.generation.texts[i])}"))
 
 
 @app.command()

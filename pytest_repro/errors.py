@@ -16,6 +16,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from .text import inert
+
 
 class ReproError(Exception):
     """What every error of this package is. `str()` of it is the whole message for a user."""
@@ -30,9 +32,10 @@ class ReproError(Exception):
         """The command or the edit that mends it."""
 
     def __str__(self) -> str:
-        lines = [f"{self.where}: {self.what}" if self.where else self.what]
+        # What engines, models and suites said is part of it: untrusted text.
+        lines = [inert(f"{self.where}: {self.what}" if self.where else self.what)]
         if self.fix:
-            lines.append(f"  mend: {self.fix}")
+            lines.append(inert(f"  mend: {self.fix}"))
         return "\n".join(lines)
 
 

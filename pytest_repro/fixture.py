@@ -56,16 +56,17 @@ class Repro:
             keywords: `model`, `engine` (a name or any callable), `numerics`, `batch_size`, `max_new_tokens`, and any
                 threshold: stronger than the marker, the command line and suite.toml.
         """
+        return self._told(lambda: self._check(path, keywords))
+
+    def _check(self, path: str | Path, keywords: Mapping[str, Any]) -> Run:
         overrides, opener = self._overrides(keywords)
-        folder = self._node.config.rootpath / path
-        try:
-            return self._run(load(folder, overrides, self._state.defaults()), opener)
-        except ReproError as exc:
-            self._fail(str(exc))
-            raise
+        return self._run(load(self._node.config.rootpath / path, overrides, self._state.defaults()), opener)
 
     def check_prompt(self, prompt: str | list[dict[str, str]], *, answer: str | None = None, **keywords: Any) -> Run:
         """Check a single prompt; its golden is named after the test and lies under the first of `repro_paths`."""
+        return self._told(lambda: self._check_prompt(Prompt("prompt", prompt, answer), keywords))
+
+    def _check_prompt(self, prompt: Prompt, keywords: Mapping[str, Any]) -> Run:
         overrides, opener = self._overrides(keywords)
         self._calls += 1
         name = re.sub(r"[^A-Za-z0-9._-]+", "-", self._node.nodeid.removesuffix(".py")).strip("-")
@@ -77,19 +78,28 @@ class Repro:
             raise ConfigError("no model is named", where=self._node.nodeid, fix='@pytest.mark.repro(model="...")')
         suite = Suite(
             name=name,
-            folder=Path(self._node.config.getini("repro_paths")[0]) / "tests" / name,
+            folder=self._state.paths[0] / "tests" / name,
             model=model or "",
-            prompts=(Prompt("prompt", prompt, answer),),
+            prompts=(prompt,),
             **{k: v for k, v in defaults.get("generation", {}).items() if k in ("max_new_tokens", "batch_size")},
             numerics=tuple(defaults.get("run", {}).get("numerics", ("native",))),
         )
         if model and not overrides.model and (self._node.config.rootpath / model).is_dir():
             suite = replace(suite, model=str(self._node.config.rootpath / model))
+        return self._run(apply(suite, overrides), opener)
+
+    def _told(self, check: Callable[[], Run]) -> Run:
+        """The test fails with the message of what went wrong, and without a traceback through this package."""
         try:
-            return self._run(apply(suite, overrides), opener)
+            run = check()
         except ReproError as exc:
-            self._fail(str(exc))
-            raise
+            message = str(exc)
+        else:
+            if run.passed:
+                return run
+            message = "\n".join(self._story(result) for result in run.results if result["verdict"] == "fail")
+        self._fail(message)
+        raise AssertionError(message)
 
     def _overrides(self, keywords: Mapping[str, Any]) -> tuple[Overrides, Any]:
         """Command line, then marker, then the call's own keywords on top."""
@@ -114,10 +124,7 @@ class Repro:
     def _run(self, suite: Suite, opener: Any) -> Run:
         if self._state.updating:
             return Run(tuple(self._state.record(suite, mode, opener=opener) for mode in suite.numerics))
-        run = Run(tuple(self._state.check(suite, mode, opener=opener) for mode in suite.numerics))
-        if not run.passed:
-            self._fail("\n".join(self._story(result) for result in run.results if result["verdict"] == "fail"))
-        return run
+        return Run(tuple(self._state.check(suite, mode, opener=opener) for mode in suite.numerics))
 
     @staticmethod
     def _story(result: Mapping[str, Any]) -> str:

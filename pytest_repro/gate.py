@@ -122,6 +122,9 @@ def record(
             place = store.Place(folder or suite.folder, stem, store.PENDING)
             previous = _previous(store.Place(suite.folder, stem))
             requests = _watching(_requests(engine, suite), previous)
+            for request in requests:
+                if why := judging.too_long(engine.context_length, suite, request):
+                    raise ConfigError(why, where=f"{suite.folder} prompt {request.id}", fix="nothing was recorded")
             generation = Generation.of(
                 requests, _decode(engine, suite, requests, range(len(suite.prompts)), "record", show)
             )

@@ -131,12 +131,8 @@ def unanswerable(
     place = golden.generation.index()
     found: dict[str, Judgement] = {}
     for request in requests:
-        total = len(request.tokens) + suite.max_new_tokens
-        if context_length is not None and total > context_length:
-            why = (
-                f"the prompt is too long: {len(request.tokens)} tokens and max_new_tokens = {suite.max_new_tokens} "
-                f"exceed the model's context of {context_length}"
-            )
+        why = too_long(context_length, suite, request)
+        if why:
             found[request.id] = Judgement(Verdict.ERROR, why)
         elif (
             request.id in comparable
@@ -148,6 +144,16 @@ def unanswerable(
             )
             found[request.id] = Judgement(Verdict.INCOMPARABLE, why)
     return found
+
+
+def too_long(context_length: int | None, suite: Suite, request: Request) -> str:
+    """Why a prompt and its answer do not fit into the model's context; empty if they do."""
+    if context_length is None or len(request.tokens) + suite.max_new_tokens <= context_length:
+        return ""
+    return (
+        f"the prompt is too long: {len(request.tokens)} tokens and max_new_tokens = {suite.max_new_tokens} "
+        f"exceed the model's context of {context_length}"
+    )
 
 
 def doubtful(replayed: Comparison, golden: Golden) -> set[str]:

@@ -88,6 +88,8 @@ def pytest_configure(config: pytest.Config) -> None:
         "repro(model=, numerics=, batch_size=, max_new_tokens=, engine=, ...): what the repro fixture checks with",
     )
     option = config.option
+    if option.repro_report_json and Path(option.repro_report_json).is_dir():
+        raise pytest.UsageError(f"--repro-report-json {option.repro_report_json}: that is a folder; name a file in it")
     if option.repro_check or option.repro_update:
         _refuse_unsafe_update(config)
         config.stash[STATE] = _session(config)
@@ -127,7 +129,7 @@ def _add_suites(config: pytest.Config) -> None:
     if config.args_source == pytest.Config.ArgsSource.ARGS:
         return
     state.implicit = True
-    suites = [path for path in config.getini("repro_paths") if Path(path).exists()]
+    suites = [path for path in state.paths if path.exists()]
     if not suites and config.option.repro_only:
         raise pytest.UsageError(
             "no suites: none of the folders of the ini option repro_paths is there (default: golden)"
@@ -136,7 +138,7 @@ def _add_suites(config: pytest.Config) -> None:
     covered = [(config.invocation_params.dir / arg.partition("::")[0]).resolve() for arg in present]
     config.args[:] = [
         *present,
-        *(str(p) for p in suites if not any(Path(p).resolve().is_relative_to(c) for c in covered)),
+        *(str(p) for p in suites if not any(p.resolve().is_relative_to(c) for c in covered)),
     ]
 
 
@@ -267,11 +269,13 @@ def _judge_prompt(prompt: dict[str, Any]) -> None:
 
 
 def _judge_check(result: dict[str, Any], name: str) -> None:
+    from .text import inert
+
     check = next((c for c in result["checks"] if c["name"] == name), None)
     if check is None:
         pytest.skip("not judged: the suite could not be checked")
     elif check["status"] == "fail":
-        raise Drifted(check["message"])
+        raise Drifted("\n".join(inert(line) for line in check["message"].split("\n")))
     elif check["status"] == "skip":
         pytest.skip(check["message"])
 
@@ -319,7 +323,7 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     if path:
         from .report import document
 
-        document.write(Path(path), document.of_session(state.suites, state.recordings))
+        document.write(Path(path), document.of_session(list(state.suites.values()), state.recordings))
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -328,10 +332,7 @@ def pytest_testnodedown(node: Any) -> None:
     state = node.config.stash.get(STATE, None)
     if state is None:
         return
-    known = {(s["path"], s["name"], s["numerics"]) for s in state.suites}
-    for suite in json.loads(getattr(node, "workeroutput", {}).get("repro", "[]")):
-        if (suite["path"], suite["name"], suite["numerics"]) not in known:
-            state.suites.append(suite)
+    state.suites |= json.loads(getattr(node, "workeroutput", {}).get("repro", "{}"))
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
@@ -341,7 +342,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
         return
     from .report import terminal
 
-    for suite in sorted(state.suites, key=lambda s: s["verdict"] == "fail"):
+    for suite in sorted(state.suites.values(), key=lambda s: s["verdict"] == "fail"):
         terminalreporter.section(terminal.title(suite))
         _write(terminalreporter, terminal.lines(suite, verbose=config.option.verbose > 0))
     for recorded in state.recordings:

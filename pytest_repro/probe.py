@@ -248,8 +248,11 @@ def machine() -> Fingerprint:
     return {**facts, **nvidia()}
 
 
-def nvidia(index: int = 0) -> dict[str, Value]:
-    """Driver and board of one NVIDIA GPU through NVML; empty without one. A getter that a board lacks is left out."""
+def nvidia() -> dict[str, Value]:
+    """Driver and board of the first visible NVIDIA GPU, through NVML; empty without one.
+
+    A getter that a board lacks is left out.
+    """
     import pynvml
 
     try:
@@ -257,7 +260,7 @@ def nvidia(index: int = 0) -> dict[str, Value]:
     except pynvml.NVMLError:
         return {}
     try:
-        handle = pynvml.nvmlDeviceGetHandleByIndex(index)
+        handle = _first_visible()
         readings: Mapping[str, Callable[[], Any]] = {
             "driver": pynvml.nvmlSystemGetDriverVersion,
             "gpu.name": lambda: pynvml.nvmlDeviceGetName(handle),
@@ -282,6 +285,16 @@ def nvidia(index: int = 0) -> dict[str, Value]:
         return {}
     finally:
         pynvml.nvmlShutdown()
+
+
+def _first_visible() -> Any:
+    """NVML's handle of CUDA's device 0: NVML itself does not look at CUDA_VISIBLE_DEVICES."""
+    import pynvml
+
+    name = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")[0].strip()
+    if name.startswith(("GPU-", "MIG-")):
+        return pynvml.nvmlDeviceGetHandleByUUID(name)
+    return pynvml.nvmlDeviceGetHandleByIndex(int(name) if name.isdigit() else 0)
 
 
 def _reading(get: Callable[[], Any]) -> Value:
@@ -315,11 +328,13 @@ def author(folder: Path) -> str:
 
     import git
 
-    try:
-        reader: Any = git.Repo(folder, search_parent_directories=True).config_reader()
-    except (git.InvalidGitRepositoryError, git.NoSuchPathError):
-        reader = git.GitConfigParser([str(Path.home() / ".gitconfig")], read_only=True)
-    name, mail = (str(reader.get_value("user", key, default="")) for key in ("name", "email"))
+    def setting(name: str) -> str:
+        try:
+            return str(git.Git(folder).config("--get", name)).strip()
+        except (git.GitCommandError, git.GitCommandNotFound):
+            return ""
+
+    name, mail = setting("user.name"), setting("user.email")
     return f"{name} <{mail}>" if name and mail else name or mail or getpass.getuser()
 
 

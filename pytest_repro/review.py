@@ -10,6 +10,7 @@ from .errors import GoldenError
 from .fingerprint import Fingerprint, Value
 from .golden import Golden
 from .store import Place
+from .text import inert
 
 
 def commit_of(folder: Path) -> str | None:
@@ -98,12 +99,15 @@ def _text(golden: Golden | None, name: str) -> str | None:
 
 def describe(golden: Golden) -> list[str]:
     """Where a golden comes from, and who accepted it."""
-    f = golden.fingerprint
+
+    def known(name: str) -> str:
+        return inert(str(golden.fingerprint.get(name) or "?"))
+
     accuracy = "" if golden.accuracy is None else f", accuracy {golden.accuracy:.1f} %"
     lines = [
         f"{golden.suite} [{golden.stem}]  {len(golden.generation)} prompts, {len(golden.generation.tokens)} tokens{accuracy}",
-        f"recorded  {f.get('time')} on {f.get('device')} ({f.get('cpu_model')}), {f.get('engine')} {f.get('engine_version')}, "
-        f"torch {f.get('torch')}, batch size {golden.batch_size}",
+        f"recorded  {known('time')} on {known('device')} ({known('cpu_model')}), {known('engine')} {known('engine_version')}, "
+        f"torch {known('torch')}, batch size {golden.batch_size}",
         f"noise     mean |Δlogp| {golden.noise.mean_abs_dlogp:.2g}, largest change of a gap {golden.noise.max_deficit:.2g} "
         f"({', '.join(v.name for v in golden.noise.variants) or 'not measured'})",
     ]

@@ -11,8 +11,8 @@ import os
 import sys
 import tempfile
 import tomllib
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +22,11 @@ from . import accuracy, gate, numerics
 from .engines.base import check_options, opener
 from .errors import ConfigError, EngineError
 from .gate import Options
+from .generation import digest
 from .report import document
 from .report.progress import Display
-from .store import STEM, atomic_write
-from .suite import Overrides, Suite, load, parse_threshold
+from .store import STEM, atomic_write, typed
+from .suite import Overrides, Suite, check_defaults, load, parse_threshold
 
 
 class Session:
@@ -36,12 +37,18 @@ class Session:
         self.implicit = False
         """Whether the suites were not named on the command line."""
         self.updating: bool = config.option.repro_update
-        self.suites: list[dict[str, Any]] = []
+        self.suites: dict[str, dict[str, Any]] = {}
+        """What was checked, by all that decides the result."""
         self.recordings: list[dict[str, Any]] = []
+
+    @property
+    def paths(self) -> list[Path]:
+        """The folders of the ini option `repro_paths`."""
+        return [self.config.rootpath / path for path in self.config.getini("repro_paths")]
 
     def wants(self, path: Path) -> bool:
         """Whether a suite.toml is to be collected: named by a path, or under `repro_paths`."""
-        return not self.implicit or any(path.is_relative_to(p) for p in self.config.getini("repro_paths"))
+        return not self.implicit or any(path.is_relative_to(p) for p in self.paths)
 
     def shown(self, folder: Path) -> str:
         """A folder as the user would type it."""
@@ -59,7 +66,9 @@ class Session:
             return {}
         except tomllib.TOMLDecodeError as exc:
             raise ConfigError(f"not valid TOML: {exc}", where=file) from None
-        return {k: v for k, v in tool.get("pytest-repro", {}).items() if k != "allow_code"}
+        table: dict[str, Any] = tool.get("pytest-repro", {})
+        check_defaults(table, f"{typed(file)} [tool.pytest-repro]")
+        return table
 
     def allow_code(self) -> bool:
         """Opted in on the command line; naming an engine there is an opt-in as well."""
@@ -96,10 +105,12 @@ class Session:
 
     def check(self, suite: Suite, mode: str, **more: Any) -> dict[str, Any]:
         """Check one suite in one mode, and keep the result; xdist workers share one run of it."""
-        found = _once_among_workers(
-            self.config, f"{suite.folder}::{suite.name}::{mode}", lambda: self._check(suite, mode, more)
-        )
-        self.suites.append(found)
+        key = digest(repr((suite, mode, self.options(suite.folder, **more))))
+        if more.get("opener"):  # a callable of one test's own: no other worker has it
+            found = self._check(suite, mode, more)
+        else:
+            found = _once_among_workers(self.config, key, lambda: self._check(suite, mode, more))
+        self.suites[key] = found
         return found
 
     def _check(self, suite: Suite, mode: str, more: dict[str, Any]) -> dict[str, Any]:
@@ -145,10 +156,23 @@ def validated(path: Path, session: Session) -> Suite:
             f"{golden!r} is not a golden's name", where="--repro-golden", fix="e.g. bf16 or bf16@cuda-sm90"
         )
     suite = load(path, session.overrides(), session.defaults())
-    for mode in suite.numerics:
-        numerics.mode(mode)
-    with suppress(EngineError):  # known but not installed: every item says so
-        opener(suite.engine, allow_code=session.allow_code())
+    option = session.config.option
+    with _located("--repro-numerics" if option.repro_numerics else f"{typed(path)} [run.numerics]"):
+        for mode in suite.numerics:
+            numerics.mode(mode)
+    with _located("--repro-engine" if option.repro_engine else f"{typed(path)} [suite.engine]"), suppress(EngineError):
+        opener(suite.engine, allow_code=session.allow_code())  # an engine that is not installed: every item says so
     check_options(suite.engine, suite.engine_options, str(path))
-    accuracy.scorer(suite.scorer, pattern=suite.pattern, allow_code=session.allow_code(), where=str(path))
+    accuracy.scorer(
+        suite.scorer, pattern=suite.pattern, allow_code=session.allow_code(), where=f"{typed(path)} [suite.scorer]"
+    )
     return suite
+
+
+@contextmanager
+def _located(where: str) -> Iterator[None]:
+    """A mistake in what somebody named, with the place where it was named."""
+    try:
+        yield
+    except ConfigError as exc:
+        raise ConfigError(exc.what, where=where, fix=exc.fix) from None

@@ -124,6 +124,18 @@ def load(path: Path, overrides: Overrides | None = None, defaults: Mapping[str, 
     return apply(suite, overrides or Overrides())
 
 
+def check_defaults(table: Mapping[str, Any], where: str) -> None:
+    """Refuse what `[tool.pytest-repro]` may not hold; unlike a suite it may leave anything out.
+
+    Raises:
+        ConfigError: with the key.
+    """
+    for error in schemas.validator("suite").iter_errors(dict(table)):
+        if error.validator != "required":
+            name = ".".join(map(str, error.absolute_path))
+            raise ConfigError(schemas.describe(error), where=f"{where} {name}".strip())
+
+
 def merge(weak: Mapping[str, Any], strong: Mapping[str, Any]) -> dict[str, Any]:
     """Two tables of tables; the strong one wins, key by key."""
     out = dict(weak)

@@ -13,7 +13,7 @@ PACKAGE = ROOT / "pytest_repro"
 DRAWING = (ROOT / "docs" / "architecture.md").read_text("utf-8")
 
 LAYERS = [
-    {"suite", "generation", "fingerprint", "schemas", "errors"},
+    {"suite", "generation", "fingerprint", "schemas", "errors", "text"},
     {"judging", "checks", "candidate", "comparison", "noise", "accuracy", "verdict", "result", "golden"},
     {"store", "probe", "models", "engines", "numerics"},
     {"report"},

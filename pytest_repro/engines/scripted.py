@@ -21,7 +21,7 @@ import numpy as np
 
 from ..errors import ConfigError
 from ..fingerprint import Fingerprint
-from ..generation import Output, Request, Scores, digest
+from ..generation import Generation, Output, Request, Scores, digest
 from ..probe import Observation
 from ..suite import Prompt, inside
 from .base import Engine, Spec, Tick, no_tick
@@ -51,14 +51,16 @@ def open_engine(spec: Spec) -> Iterator[Engine]:
 def _read(path: Path) -> dict[str, dict[str, Any]]:
     try:
         lines = path.read_text("utf-8").rstrip("\n").split("\n")
-    except OSError as exc:
-        raise ConfigError(f"the script cannot be read: {exc.strerror}", where=path) from None
+    except (OSError, UnicodeDecodeError) as exc:
+        raise ConfigError(f"the script cannot be read: {exc}", where=path) from None
     rows: dict[str, dict[str, Any]] = {}
     for number, line in enumerate(lines, 1):
         try:
             row = json.loads(line)
             rows[row["id"]] = row
-        except (ValueError, KeyError, TypeError) as exc:
+            request = Request(row["id"], np.zeros(0, np.int32), "")
+            Generation.of([request], ScriptedEngine(rows).generate([request]))
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as exc:
             raise ConfigError(f"not a line of a script: {exc!r}", where=f"{path}:{number}") from None
     return rows
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from .text import inert
+from ..text import inert
 
 Line = tuple[str, str]
 """(text, style): style is "", "red", "yellow", "green" or "bold"."""

@@ -169,3 +169,26 @@ def test_generation_defaults_of_the_model_do_not_leak_in(files: ModelFiles, tmp_
         wanted = tame.generate(requests(tame, "Hello"))[0].tokens.tolist()
     with opener("transformers")(Spec(mode("fp32"), 12, tmp_path, wild)) as engine:
         assert engine.generate(requests(engine, "Hello"))[0].tokens.tolist() == wanted
+
+
+def test_a_prompt_longer_than_the_context_is_not_recorded(tmp_path: Path) -> None:
+    from pytest_repro import gate, store, suite
+
+    build(tmp_path / "model", context=64)
+    folder = tmp_path / "s"
+    folder.mkdir()
+    (folder / "suite.toml").write_text(
+        '[suite]\nname = "s"\nmodel = "../model"\nprompts = "p.jsonl"\n'
+        '[generation]\nmax_new_tokens = 8\n[run]\nnumerics = ["bf16"]\n'
+    )
+    (folder / "p.jsonl").write_text('{"id": "a", "prompt": "short"}\n')
+    gate.record(suite.load(folder), "bf16", gate.Options())
+    store.accept(store.Place(folder, "bf16", store.PENDING), by="a test", reason="a test", commit=None)
+    golden = store.Place(folder, "bf16").text.read_text()
+    (folder / "p.jsonl").write_text('{"id": "a", "prompt": "short"}\n{"id": "b", "prompt": "' + "long " * 20 + '"}\n')
+    with pytest.raises(ConfigError, match="exceed the model's context of 64"):
+        gate.record(suite.load(folder), "bf16", gate.Options())
+    assert store.pending(folder) == []
+    result = gate.check(suite.load(folder), "bf16", gate.Options())
+    assert [str(p.verdict) for p in result.prompts] == ["identical", "missing"]
+    assert store.Place(folder, "bf16").text.read_text() == golden

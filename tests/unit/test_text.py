@@ -6,7 +6,7 @@ import unicodedata
 import numpy as np
 import pytest
 
-from pytest_repro.report.text import inert
+from pytest_repro.text import inert
 
 
 @pytest.mark.parametrize(
