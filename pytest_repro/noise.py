@@ -26,8 +26,8 @@ BULK_RATIO_16_BIT = 2.0
 def bulk_ratio(compute_class: str) -> float:
     """How many times its benign level a prompt's mean |Δlogp| may be before rounding no longer explains it.
 
-    FP32 noise is the order of summation alone, and grew threefold between instruction sets (docs/decisions/0003).
-    16-bit noise is the rounding of stored results, which every kernel does alike.
+    FP32 noise is the order of summation, which kernels not yet seen may choose otherwise; 16-bit noise is the rounding of
+    stored results, which every kernel does alike. Measured: docs/decisions/0003-envelope.md.
     """
     return BULK_RATIO.get(compute_class, BULK_RATIO_16_BIT)
 
