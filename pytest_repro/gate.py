@@ -19,7 +19,7 @@ from . import candidate, judging, models, noise, numerics, probe, store
 from .comparison import Comparison, compare_decode, compare_replay
 from .engines.base import Engine, Opener, Spec, needs_model, opener
 from .errors import ConfigError, EngineError, GoldenError, GoldenMissing, ReproError
-from .fingerprint import IDENTITY, Fingerprint, diff
+from .fingerprint import Fingerprint
 from .generation import Generation, Output, Request, Scores
 from .golden import Golden
 from .judging import Gathered
@@ -109,59 +109,72 @@ def record(
     started, show = time.monotonic(), show or Silent()
     try:
         with live(suite, mode, options, show) as engine:
-            observed = engine.observe()
-            claimed = numerics.mode(mode).compute_class
-            if claimed and not engine.text_only and observed.compute_class != claimed:
-                raise EngineError(
-                    f"{claimed} was asked for, but the probe found {observed.compute_class}: {observed.detail}",
-                    fix="a golden is recorded only in the numerics that it claims",
-                )
-            stem = options.golden or (
-                observed.compute_class if observed.compute_class != "unknown" else claimed or "unknown"
-            )
-            place = store.Place(folder or suite.folder, stem, store.PENDING)
+            stem = _recorded_as(engine, mode, options.golden)
             previous = _previous(store.Place(suite.folder, stem))
-            requests = _watching(_requests(engine, suite), previous)
-            for request in requests:
-                if why := judging.too_long(engine.context_length, suite, request):
-                    raise ConfigError(why, where=f"{suite.folder} prompt {request.id}", fix="nothing was recorded")
-            generation = Generation.of(
-                requests, _decode(engine, suite, requests, range(len(suite.prompts)), "record", show)
-            )
-            if generation.errors:
-                name, why = next(iter(generation.errors.items()))
-                raise EngineError(f"prompt {name} has no answer: {why}", fix="nothing was recorded")
-            golden = Golden(
-                suite=suite.name,
-                model=suite.model.partition("#")[0] if needs_model(suite.engine) else suite.engine,
-                compute_class=stem.partition("@")[0],
-                device_class=stem.partition("@")[2],
-                numerics=mode,
-                max_new_tokens=suite.max_new_tokens,
-                batch_size=suite.batch_size,
-                fingerprint=environment(engine, suite),
-                generation=generation,
-                scores=judging.scores(suite, generation.texts, generation.ids, options.allow_code),
-                noise=_envelope(engine, stem.partition("@")[0], requests, generation, show),
-            )
-            golden = candidate.with_notes(golden, previous)
+            golden = candidate.with_notes(_recorded(engine, suite, mode, stem, previous, options, show), previous)
     finally:
         show.close()
+    place = store.Place(folder or suite.folder, stem, store.PENDING)
     place.write(golden)
-    changed = (
-        None if previous is None else sum(p["verdict"] != "identical" for p in (golden.candidate or {})["prompts"])
-    )
+    notes = (golden.candidate or {})["prompts"]
     return Recording(
         name=suite.name,
         path=options.shown_path or str(suite.folder),
         numerics=mode,
         golden=place.text.name,
-        prompts=len(generation),
-        changed=changed,
+        prompts=len(golden.generation),
+        changed=None if previous is None else sum(p["verdict"] != "identical" for p in notes),
         accuracy=golden.accuracy,
         noise={"mean_abs_dlogp": golden.noise.mean_abs_dlogp, "max_deficit": golden.noise.max_deficit},
         seconds=time.monotonic() - started,
         environment=golden.fingerprint,
+    )
+
+
+def _recorded_as(engine: Engine, mode: str, name: str | None) -> str:
+    """The golden's name: the compute class that was observed, unless one for a device class was named.
+
+    Raises:
+        EngineError: the probe contradicts the mode, or the name that was given.
+    """
+    observed, claimed = engine.observe(), numerics.mode(mode).compute_class
+    found = observed.compute_class
+    if found == "unknown":  # a black box: its golden is named after the claim, and every check says that it is one
+        found = claimed or "unknown"
+    for wanted in (claimed, name.partition("@")[0] if name else None):
+        if wanted and wanted != found:
+            raise EngineError(
+                f"{wanted} was asked for, but the probe found {found}: {observed.detail}",
+                fix="a golden is recorded only as what was observed",
+            )
+    return name or found
+
+
+def _recorded(
+    engine: Engine, suite: Suite, mode: str, stem: str, previous: Golden | None, options: Options, show: Progress
+) -> Golden:
+    """Every prompt decoded and scored, and the noise around it measured."""
+    requests = _watching(_requests(engine, suite), previous)
+    for request in requests:
+        if why := judging.too_long(engine.context_length, suite, request):
+            raise ConfigError(why, where=f"{suite.folder} prompt {request.id}", fix="nothing was recorded")
+    generation = Generation.of(requests, _decode(engine, suite, requests, range(len(suite.prompts)), "record", show))
+    if generation.errors:
+        name, why = next(iter(generation.errors.items()))
+        raise EngineError(f"prompt {name} has no answer: {why}", fix="nothing was recorded")
+    compute_class, _, device_class = stem.partition("@")
+    return Golden(
+        suite=suite.name,
+        model=suite.model.partition("#")[0] if needs_model(suite.engine) else suite.engine,
+        compute_class=compute_class,
+        device_class=device_class,
+        numerics=mode,
+        max_new_tokens=suite.max_new_tokens,
+        batch_size=suite.batch_size,
+        fingerprint=environment(engine, suite),
+        generation=generation,
+        scores=judging.scores(suite, generation.texts, generation.ids, options.allow_code),
+        noise=_envelope(engine, compute_class, requests, generation, show),
     )
 
 
@@ -333,19 +346,10 @@ def _previous(place: store.Place) -> Golden | None:
 def _leave_candidate(result: SuiteResult, suite: Suite, mode: str, options: Options, show: Progress) -> SuiteResult:
     """A missing golden, and a folder where its candidate may be left."""
     assert options.pending_folder is not None
-    folder = options.pending_folder / suite.folder.name
+    below = [part for part in Path(options.shown_path or suite.folder.name).parts if part not in ("..", "/")]
+    folder = options.pending_folder.joinpath(*below)
     try:
         left = record(suite, mode, options, show, folder)
     except ReproError as exc:
         return judging.broken(result, exc)
     return replace(result, notes=(*result.notes, f"a candidate was left at {folder / left.golden}"))
-
-
-def identity_parts() -> list[str]:
-    """What `--repro-allow-changed` may name."""
-    return sorted(set(IDENTITY.values()))
-
-
-__all__ = [
-    "ConfigError", "Method", "Options", "Progress", "Silent", "check", "diff", "identity_parts", "record",
-]  # fmt: skip

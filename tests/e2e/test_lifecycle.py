@@ -24,9 +24,9 @@ def test_a_missing_golden_fails_and_a_check_writes_nothing(project: Project) -> 
 
     result = project.check("--repro-pending-dir", "left")
     assert result.rc == 1, "a candidate that was left is not a golden"
-    assert "left/demo/bf16.pending.jsonl" in result.out
+    assert "left/golden/demo/bf16.pending.jsonl" in result.out
     assert project.golden_files() == before
-    assert {p.name for p in (project.root / "left/demo").iterdir()} == {
+    assert {p.name for p in (project.root / "left/golden/demo").iterdir()} == {
         "bf16.pending.jsonl",
         "bf16.pending.safetensors",
     }
@@ -289,3 +289,15 @@ def test_a_review_of_another_golden_is_not_this_ones(accepted: Project, tmp_path
     result = other.check()
     assert result.rc == 1
     assert "copied from another golden" in result.out
+
+
+def test_a_golden_is_recorded_only_as_what_was_observed(project: Project) -> None:
+    """A name is no way to pass one compute class off as another; a device class may be added to the right one."""
+    project.suite()
+    result = project.pytest("--repro-update", "golden", "--repro-golden", "fp32")
+    assert result.rc == 1
+    assert "fp32 was asked for, but the probe found bf16" in result.text
+    assert project.golden_files() == {k: v for k, v in project.golden_files().items() if "pending" not in k}
+    result = project.pytest("--repro-update", "golden", "--repro-golden", "bf16@cuda-sm90")
+    assert result.rc == 0, result.text
+    assert "bf16@cuda-sm90.pending.jsonl" in result.out
