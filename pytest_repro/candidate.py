@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
+
 from . import noise
 from .comparison import compare_decode, finite
 from .generation import subset
@@ -26,7 +28,8 @@ def with_notes(golden: Golden, previous: Golden | None) -> Golden:
         evidence = Evidence(
             differs=row.divergence_index >= 0,
             deficit=row.deficit,
-            mean_abs_dlogp=row.mean_abs_dlogp,
+            # Up to a divergence there may be a token or two: too few to say how far the text moved.
+            mean_abs_dlogp=row.mean_abs_dlogp if row.divergence_index < 0 else np.nan,
             envelope_deficit=previous.noise.max_deficit,
             level=previous.noise.level(old[name]),
             ratio=noise.bulk_ratio(previous.compute_class),

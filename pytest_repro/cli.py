@@ -102,7 +102,7 @@ def _show_change(place: Place) -> None:
     change = review.changes(place)
     console.rule(Text(str(place.text)), align="left")
     for line in change["head"]:
-        console.print(Text(line))
+        console.print(Text(inert(line)))
     if change["environment"]:
         table = Table(
             "field", "golden", "candidate", title="environment, suspects first", title_justify="left", box=None
@@ -112,7 +112,7 @@ def _show_change(place: Place) -> None:
         console.print(table)
     for prompt in change["prompts"]:
         style = "red" if prompt["verdict"] in ("drift", "removed") else "yellow"
-        console.print(Text(prompt["line"], style=style))
+        console.print(Text(inert(prompt["line"]), style=style))
         for name in ("golden", "now"):
             if prompt[name] is not None:
                 console.print(Text(f"    {name:<7} {inert(prompt[name])}"))
@@ -137,7 +137,7 @@ def show(
 def _show_golden(place: Place, golden: Golden, only: str) -> None:
     console.rule(Text(str(place.text)), align="left")
     for line in review.describe(golden):
-        console.print(Text(line))
+        console.print(Text(inert(line)))
     rows = [i for i, name in enumerate(golden.generation.ids) if only in ("", name)]
     if not rows:
         raise ConfigError(f"no prompt {only!r} in this golden", where=place.text)
@@ -145,7 +145,7 @@ def _show_golden(place: Place, golden: Golden, only: str) -> None:
         score = {True: "right", False: "wrong", None: ""}[golden.scores[i]]
         span = golden.generation.span(i)
         head = f"{golden.generation.ids[i]}  {span.stop - span.start} tokens, {golden.generation.finish_reasons[i]}  {score}"
-        console.print(Text(head, style="bold"))
+        console.print(Text(inert(f"· {head}"), style="bold"))
         console.print(Text(f"    │ {inert(golden.generation.texts[i])}"))
 
 

@@ -3,8 +3,8 @@
 ::
 
     ReproError
-    ├── ConfigError          a mistake in what was asked: suite, options, model reference      exit 4
-    │   └── ModelError       the model reference names nothing that can be had
+    ├── ConfigError          a mistake in what was asked: suite or options       exit 4; `error` once it runs
+    │   └── ModelError       the model reference names nothing that can be had                 verdict `error`
     ├── GoldenError          a golden that cannot be trusted or read                           fails the suite
     │   └── GoldenMissing    there is none for this compute class                              verdict `missing`
     └── EngineError          the engine broke: load failure, out of memory, NaN                verdict `error`

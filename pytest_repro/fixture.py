@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
@@ -69,7 +70,9 @@ class Repro:
     def _check_prompt(self, prompt: Prompt, keywords: Mapping[str, Any]) -> Run:
         overrides, opener = self._overrides(keywords)
         self._calls += 1
-        name = re.sub(r"[^A-Za-z0-9._-]+", "-", self._node.nodeid.removesuffix(".py")).strip("-")
+        node = str(self._node.nodeid)
+        # Parameters that differ in punctuation alone must not share a golden.
+        name = f"{re.sub(r'[^A-Za-z0-9._-]+', '-', node).strip('-')}-{hashlib.sha256(node.encode()).hexdigest()[:6]}"
         if self._calls > 1:
             name += f"-{self._calls}"
         defaults = self._state.defaults()

@@ -7,6 +7,7 @@ Knows nothing of pytest or of a terminal: plain values in, a `SuiteResult` or a 
 from __future__ import annotations
 
 import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -65,6 +66,8 @@ class Options:
     allow_changed: frozenset[str] = frozenset()
     """Parts of the identity (model, tokenizer, generation) that may differ."""
     allow_code: bool = False
+    trusted_engine: bool = False
+    """Whether the engine was named by the user rather than by the suite: then it may be code."""
     golden: str | None = None
     """Name of the golden to use (`bf16`, `bf16@cuda-sm90`) in place of the one that fits."""
     pending_folder: Path | None = None
@@ -93,6 +96,10 @@ def check(suite: Suite, mode: str, options: Options, show: Progress | None = Non
         result = judging.broken(result, exc)
         if isinstance(exc, GoldenMissing) and options.pending_folder:
             result = _leave_candidate(result, suite, mode, options, show)
+    except Exception as exc:  # a bug of this package or of an engine: said as such, judged as an error, never a pass
+        place = traceback.extract_tb(exc.__traceback__)[-1]
+        what = f"internal error: {type(exc).__name__}: {exc} ({Path(place.filename).name}:{place.lineno})"
+        result = judging.broken(result, EngineError(what, fix="please report it, with the output of pytest-repro env"))
     finally:
         show.close()
     return replace(result, seconds=time.monotonic() - started)
@@ -207,7 +214,7 @@ def find_golden(suite: Suite, mode: str, result: SuiteResult, options: Options) 
 @contextmanager
 def live(suite: Suite, mode: str, options: Options, show: Progress) -> Iterator[Engine]:
     """The suite's engine, opened: its model found or fetched, loaded in the mode's numerics."""
-    chosen = options.opener or opener(suite.engine, allow_code=options.allow_code)
+    chosen = options.opener or opener(suite.engine, allow_code=options.allow_code or options.trusted_engine)
     files = None
     if options.opener is None and needs_model(suite.engine):
         files = models.resolve(suite.model, suite.folder, show.say)
@@ -246,8 +253,11 @@ def gather(
     places = set(wanted)
     if replayed is not None:
         doubted = judging.doubtful(replayed, golden)
-        sample = next(b for b in suite.batches() if places & set(b))  # fixed: the first batch that is asked for
-        places = {i for i in wanted if suite.prompts[i].id in doubted or i in sample}
+        sample = next(suite.batches())  # fixed: the first batch, as far as it is asked for
+        batches = [b for b in suite.batches() if b == sample or any(suite.prompts[i].id in doubted for i in b)]
+        places = {i for b in batches for i in b} & places
+        if not places:
+            return Gathered(replayed, None, None, found)
     now, failed = _decode_and_pack(engine, suite, requests, places, found, show)
     found |= failed
     decoded = compare_decode(golden.generation, now)
@@ -333,6 +343,9 @@ def _envelope(
     replays = {}
     for name, run in engine.benign():
         replays[name] = run(own, show.phase(f"noise: {name}", len(generation.tokens)))
+        for score in replays[name]:
+            if score.error:
+                raise EngineError(f"prompt {score.id} under {name}: {score.error}", fix="nothing was recorded")
     return noise.envelope(compute_class, generation, replays)
 
 

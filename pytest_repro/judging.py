@@ -66,7 +66,10 @@ def broken(result: SuiteResult, exc: ReproError) -> SuiteResult:
 
 def against(result: SuiteResult, golden: Golden, suite: Suite, allowed: frozenset[str]) -> SuiteResult:
     """The result with its golden beside it: environments compared, prompts of another question set aside."""
-    changes = fingerprint.diff(golden.fingerprint, result.environment)
+    observed = str((result.observed or {}).get("compute_class", "unknown"))
+    changes = fingerprint.diff(
+        {**golden.fingerprint, "compute_class": golden.compute_class}, {**result.environment, "compute_class": observed}
+    )
     barred = [c for c in changes if c.cls == "identity" and IDENTITY[c.field] not in allowed]
     there, asked = golden.generation.index(), {p.id: p for p in suite.prompts}
     prompts = []
@@ -197,7 +200,9 @@ class _View:
         self.place = golden.generation.index()
         self.replayed = {n: i for i, n in enumerate(gathered.replayed.ids)} if gathered.replayed else {}
         self.decoded = {n: i for i, n in enumerate(gathered.decoded.ids)} if gathered.decoded else {}
-        now = gathered.generation
+        now, then = gathered.generation, golden.generation
+        # Both sides by today's scorer and answers: what was stored says how it was scored when it was recorded.
+        self.scores_golden = scores(suite, then.texts, then.ids, allow_code)
         self.scores_now = dict(zip(now.ids, scores(suite, now.texts, now.ids, allow_code), strict=True)) if now else {}
 
     def judged(self, prompt: PromptResult, result: SuiteResult, fp32: bool) -> PromptResult:
@@ -206,7 +211,7 @@ class _View:
         verdict: Judgement = judge(seen, result.thresholds.fp32_waiver, fp32)
         row = self.place[prompt.id]
         index = int(shown.divergence_index) if shown.divergence_index >= 0 else None
-        score = self.golden.scores[row]
+        score = self.scores_golden[row]
         return replace(
             prompt,
             verdict=verdict.verdict,
@@ -220,7 +225,7 @@ class _View:
             deficit_index=int(shown.deficit_index) if index is not None else None,
             golden_gap=finite(shown.golden_gap),
             mean_abs_dlogp=finite(seen.mean_abs_dlogp),
-            benign_dlogp=seen.level,
+            benign_dlogp=finite(seen.level),
             golden_text=self._golden_text(row, index),
             now_text=self._now_text(prompt.id, row, index, int(shown.token_now)),
             score_golden=score,
@@ -242,10 +247,14 @@ class _View:
         if replayed is not None and decoded is not None and replayed.deficit > limit:
             # The decoder may agree by luck, or have parted harmlessly before the place where the model is wrong.
             deficit, differs, shown = max(deficit, replayed.deficit), True, decoded if differs else replayed
+        moved = bulk.mean_abs_dlogp
+        if decoded is not None and decoded.divergence_index < 0:
+            # The whole text was decoded as well: a bug that only decoding has moves these numbers, and not the replay's.
+            moved = float(np.fmax(moved, decoded.mean_abs_dlogp))
         evidence = Evidence(
             differs=differs,
             deficit=deficit,
-            mean_abs_dlogp=bulk.mean_abs_dlogp,
+            mean_abs_dlogp=moved,
             envelope_deficit=limit,
             level=self.golden.noise.level(row),
             ratio=noise.bulk_ratio(self.golden.compute_class),

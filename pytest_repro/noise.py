@@ -74,6 +74,8 @@ class Envelope:
 
         Its own, but never below the suite's: a short answer may have been measured as calm by luck.
         """
+        if not self.variants:
+            return np.nan  # nothing was measured: nothing can be said
         own = float(self.prompt_level[row]) if row < len(self.prompt_level) else np.nan
         return max(own, self.mean_abs_dlogp) if np.isfinite(own) else self.mean_abs_dlogp
 

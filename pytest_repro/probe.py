@@ -125,24 +125,32 @@ def _precision(layer: Any) -> tuple[float, float, torch.dtype]:
     dense = torch.randn(8, width, generator=generator)
 
     exact_weight = weight.detach().to("cpu", torch.float64)
-    bias = 0.0 if layer.bias is None else layer.bias.detach().to("cpu", torch.float64)
+    # A bias would be added before the answer is rounded, and hide the product's own bits: it is zero for the probe.
+    without = {} if layer.bias is None else {"bias": torch.zeros_like(layer.bias)}
 
     def answer(x: Any) -> tuple[Any, torch.dtype]:
-        y = layer(x.to(weight.device, weight.dtype if weight.dtype.is_floating_point else torch.float32))
-        return y.to("cpu", torch.float64) - bias, y.dtype
+        moved = x.to(weight.device, weight.dtype if weight.dtype.is_floating_point else torch.float32)
+        y = torch.func.functional_call(layer, without, (moved,))
+        return y.to("cpu", torch.float64), y.dtype
 
     product = total = 0.0
     wanted = exact_weight[:, columns].T * values.double()[:, None]
     size = wanted.abs()
-    noticeable = size > 1e-3 * size.max()  # beside a bias, or as a subnormal, a tiny product says nothing
+    noticeable = size > 1e-3 * size.max()  # as a subnormal, a tiny product says nothing
     scale = (dense.double().abs() @ exact_weight.abs().T).clamp(min=1e-300)
     for some in (slice(None), slice(0, 1)):  # libraries choose other kernels for a single row
         seen, dtype = answer(single[some])
         errors = ((seen - wanted[some]).abs() / size[some])[noticeable[some]]
-        product = max(product, float(errors.max()) if len(errors) else 1.0)
+        product = max(product, _worst(errors))
         seen, _ = answer(dense[some])
-        total = max(total, float(((seen - dense[some].double() @ exact_weight.T).abs() / scale[some]).max()))
+        total = max(total, _worst((seen - dense[some].double() @ exact_weight.T).abs() / scale[some]))
     return _bits(product), _bits(total), dtype
+
+
+def _worst(errors: Any) -> float:
+    """The largest error; one, no bit correct, if there is none to see or one is NaN."""
+    value = float(errors.max()) if errors.numel() else 1.0
+    return 1.0 if math.isnan(value) else value
 
 
 def _bits(error: float) -> float:
@@ -313,12 +321,14 @@ def _text(value: bytes | str) -> str:
 
 def commit(folder: Path) -> dict[str, Value]:
     """Commit of the repository around a folder, and whether the work tree is dirty; empty outside of one."""
-    import git
-
+    try:
+        import git
+    except ImportError:  # GitPython refuses to load without a git program
+        return {}
     try:
         repository = git.Repo(folder, search_parent_directories=True)
         return {"commit": repository.head.commit.hexsha, "dirty": repository.is_dirty(untracked_files=False)}
-    except (git.InvalidGitRepositoryError, git.NoSuchPathError, git.GitCommandError, ValueError):
+    except (git.InvalidGitRepositoryError, git.NoSuchPathError, git.GitCommandError, OSError, ValueError):
         return {}
 
 
@@ -326,7 +336,10 @@ def author(folder: Path) -> str:
     """Name and address from the git configuration, for a review; the login name outside of git."""
     import getpass
 
-    import git
+    try:
+        import git
+    except ImportError:
+        return getpass.getuser()
 
     def setting(name: str) -> str:
         try:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from . import fingerprint, probe
+from . import candidate, fingerprint, probe
 from .errors import GoldenError
 from .fingerprint import Fingerprint, Value
 from .golden import Golden
@@ -33,9 +33,27 @@ def summary(place: Place) -> dict[str, Any]:
         golden = place.read()
     except GoldenError as exc:
         return {**base, "error": str(exc)}
-    notes = golden.candidate or {}
-    changed = sum(p["verdict"] != "identical" for p in notes.get("prompts", []))
-    return {**base, "prompts": len(golden.generation), "changed": changed, "against": notes.get("against")}
+    try:
+        old: Golden | None = place.other.read()
+    except GoldenError:
+        old = None
+    changed = sum(note["verdict"] != "identical" for note in notes_on(golden, old).values())
+    return {**base, "prompts": len(golden.generation), "changed": changed, "against": old.digest if old else None}
+
+
+def notes_on(new: Golden, old: Golden | None) -> dict[str, dict[str, Any]]:
+    """What changed, by the two goldens themselves.
+
+    The notes in a candidate are outside its digest. They know deficits that the files do not hold, and are believed
+    where they agree with the files about what differs and where.
+    """
+    seen = {note["id"]: note for note in (candidate.with_notes(new, old).candidate or {})["prompts"]}
+    for note in (new.candidate or {}).get("prompts", []):
+        mine = seen.get(str(note.get("id")), {})
+        same = all(mine.get(key) == note.get(key) for key in ("divergence_index", "golden_gap"))
+        if mine.get("divergence_index") is not None and same and set(mine) == set(note):
+            seen[note["id"]] = note
+    return seen
 
 
 def changes(place: Place) -> dict[str, Any]:
@@ -50,7 +68,7 @@ def changes(place: Place) -> dict[str, Any]:
         trouble = ""
     except GoldenError as exc:
         old, trouble = None, exc.what
-    notes = {p["id"]: p for p in (new.candidate or {}).get("prompts", [])}
+    notes = notes_on(new, old)
     return {
         "path": str(place.text),
         "head": [*_compared(old, new, trouble), *describe(new)],

@@ -39,6 +39,8 @@ class Session:
         self.updating: bool = config.option.repro_update
         self.suites: dict[str, dict[str, Any]] = {}
         """What was checked, by all that decides the result."""
+        self.recorded: set[str] = set()
+        """Goldens that this run recorded."""
         self.recordings: list[dict[str, Any]] = []
 
     @property
@@ -71,9 +73,12 @@ class Session:
         return table
 
     def allow_code(self) -> bool:
-        """Opted in on the command line; naming an engine there is an opt-in as well."""
-        option = self.config.option
-        return bool(option.repro_allow_code or (option.repro_engine and ":" in option.repro_engine))
+        """Whether suites may name code."""
+        return bool(self.config.option.repro_allow_code)
+
+    def trusts_engine(self) -> bool:
+        """Naming an engine on the command line is an opt-in, for that engine."""
+        return self.allow_code() or bool(self.config.option.repro_engine)
 
     def overrides(self) -> Overrides:
         """What the command line puts in the suites' place."""
@@ -97,6 +102,7 @@ class Session:
             method=option.repro_method,
             allow_changed=frozenset(option.repro_allow_changed),
             allow_code=self.allow_code(),
+            trusted_engine=self.trusts_engine(),
             golden=option.repro_golden,
             pending_folder=Path(option.repro_pending_dir) if option.repro_pending_dir else None,
             shown_path=self.shown(folder),
@@ -120,7 +126,15 @@ class Session:
 
     def record(self, suite: Suite, mode: str, **more: Any) -> dict[str, Any]:
         """Record one suite in one mode, and keep what was recorded."""
+        key = f"{suite.folder}::{self.config.option.repro_golden or mode}"
+        if key in self.recorded:
+            raise ConfigError(
+                "this golden was recorded already in this run: one of the two would be lost",
+                where=typed(suite.folder),
+                fix="record one of them alone, or give the other settings a suite of their own",
+            )
         done = gate.record(suite, mode, self.options(suite.folder, **more), _progress(self.config, suite, mode))
+        self.recorded.add(key)
         self.recordings.append(document.of_recording(done))
         return self.recordings[-1]
 
@@ -161,7 +175,7 @@ def validated(path: Path, session: Session) -> Suite:
         for mode in suite.numerics:
             numerics.mode(mode)
     with _located("--repro-engine" if option.repro_engine else f"{typed(path)} [suite.engine]"), suppress(EngineError):
-        opener(suite.engine, allow_code=session.allow_code())  # an engine that is not installed: every item says so
+        opener(suite.engine, allow_code=session.trusts_engine())  # an engine that is not installed: every item says so
     check_options(suite.engine, suite.engine_options, str(path))
     accuracy.scorer(
         suite.scorer, pattern=suite.pattern, allow_code=session.allow_code(), where=f"{typed(path)} [suite.scorer]"

@@ -61,7 +61,7 @@ class Evidence:
     @property
     def moved(self) -> float:
         """Mean |Δlogp| in units of the benign level; NaN if unknown, inf if the benign level is zero and it moved."""
-        if math.isnan(self.mean_abs_dlogp):
+        if math.isnan(self.mean_abs_dlogp) or math.isnan(self.level):
             return math.nan
         if self.level > 0:
             return self.mean_abs_dlogp / self.level

@@ -118,6 +118,8 @@ class TransformersEngine:
         """What is in force."""
         assert self.spec.model is not None
         config = self.model.config
+        with _explained("running one token", self._memory_hint):
+            cache = probe.kv_cache_dtype(self.model)
         return {
             **self.spec.model.identity,
             "generation": digest({"greedy": True, "max_new_tokens": self.spec.max_new_tokens, "eos": self.eos}),
@@ -127,7 +129,7 @@ class TransformersEngine:
             "dtype": str(self.model.dtype).removeprefix("torch."),
             "quantization": str(getattr(getattr(config, "quantization_config", None), "quant_method", None) or "none"),
             "attention": str(config._attn_implementation),
-            "kv_cache_dtype": probe.kv_cache_dtype(self.model),
+            "kv_cache_dtype": cache,
             "tensor_parallel_size": 1,
             "prefix_caching": False,
             "engine.padding_side": "left",
@@ -151,6 +153,7 @@ class TransformersEngine:
 
     def generate(self, batch: Sequence[Request], tick: Tick = no_tick) -> list[Output]:
         """One call of the model's own `generate` for exactly this batch."""
+        self._check_vocabulary(batch)
         width = max(len(r.tokens) for r in batch)
         pad = self.model.generation_config.pad_token_id
         ids = torch.full((len(batch), width), pad, dtype=torch.long)
@@ -193,7 +196,18 @@ class TransformersEngine:
         """All requests, batched by length."""
         return self._replay(requests, tick, REPLAY_POSITIONS)
 
+    def _check_vocabulary(self, requests: Sequence[Request]) -> None:
+        """On CUDA an id beyond the vocabulary would be a device-side assertion, which no later call survives."""
+        size = self.model.config.get_text_config().vocab_size
+        for request in requests:
+            ids = [
+                a for a in (request.tokens, request.reference, request.reference_runner_up) if a is not None and len(a)
+            ]
+            if any(int(a.max()) >= size for a in ids):
+                raise EngineError(f"prompt {request.id} or its golden has token ids beyond the vocabulary of {size}")
+
     def _replay(self, requests: Sequence[Request], tick: Tick, positions: int) -> list[Scores]:
+        self._check_vocabulary(requests)
         scores: dict[int, Scores] = {}
         for batch in self._by_length(requests, positions):
             with _explained(f"replaying a batch of {len(batch)}", self._memory_hint), torch.inference_mode():

@@ -11,8 +11,14 @@ from typing import Any
 from .. import __version__
 from ..result import PromptResult, Recording, SuiteResult
 from ..store import atomic_write
+from ..verdict import Verdict
 
 SCHEMA = 1
+METRICS = (
+    "divergent", "unexplained", "div_percent", "mean_div_index", "mean_abs_dlogp", "accuracy_golden", "accuracy_now",
+    "accuracy_p_value",
+)  # fmt: skip
+"""Metrics that are there whatever happened; null where they could not be taken."""
 
 Document = dict[str, Any]
 
@@ -32,7 +38,12 @@ def of_suite(result: SuiteResult) -> Document:
         "counts": {str(verdict): n for verdict, n in result.counts.items()},
         "failures": [failure.rule for failure in failures],
         "thresholds": asdict(result.thresholds),
-        "metrics": dict(result.metrics),
+        "metrics": {
+            **dict.fromkeys(METRICS),
+            "divergent": result.counts.get(Verdict.NEAR_TIE, 0) + result.counts.get(Verdict.DRIFT, 0),
+            "unexplained": result.counts.get(Verdict.DRIFT, 0),
+            **result.metrics,
+        },
         "envelope_deficit": result.envelope_deficit,
         "environment": dict(result.environment),
         "environment_diff": [asdict(change) for change in result.environment_diff],

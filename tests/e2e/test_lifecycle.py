@@ -263,6 +263,10 @@ def test_a_golden_that_nobody_accepted_fails(project: Project) -> None:
     assert "never reviewed" in result.out
     assert "4 identical" in result.out
 
+    result = project.pytest("--repro-check", "golden/demo/suite.toml::bf16::a")
+    assert result.rc == 1, "choosing one prompt does not make an unreviewed golden pass"
+    assert "never reviewed" in result.out
+
 
 def test_an_edit_by_hand_fails_and_is_called_one(accepted: Project) -> None:
     file = accepted.folder / "bf16.golden.jsonl"
@@ -301,3 +305,15 @@ def test_a_golden_is_recorded_only_as_what_was_observed(project: Project) -> Non
     result = project.pytest("--repro-update", "golden", "--repro-golden", "bf16@cuda-sm90")
     assert result.rc == 0, result.text
     assert "bf16@cuda-sm90.pending.jsonl" in result.out
+
+
+def test_two_recordings_of_one_golden_in_one_run_are_refused(project: Project) -> None:
+    project.suite().write(
+        "test_twice.py",
+        "def test_short(repro):\n    repro.check('golden/demo', max_new_tokens=2)\n\n"
+        "def test_long(repro):\n    repro.check('golden/demo', max_new_tokens=4)\n",
+    )
+    result = project.pytest("--repro-update", "test_twice.py")
+    assert result.rc == 1
+    assert "1 failed, 1 passed" in result.out
+    assert "recorded already in this run" in result.out

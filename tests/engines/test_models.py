@@ -108,7 +108,15 @@ def test_a_hub_model_that_cannot_be_had_says_so(tmp_path: Path, monkeypatch: pyt
 
 @pytest.mark.parametrize(
     "reference",
-    ["nowhere/at/all", "./missing", "/missing", "pypi:no-version/x.gguf", "pypi:a==1/../x.gguf", "pypi:a==1/x.bin"],
+    [
+        "nowhere/at/all",
+        "./missing",
+        "/missing",
+        "pypi:no-version/x.gguf",
+        "pypi:a==1/../x.gguf",
+        "pypi:-r==requirements.txt/x.gguf",
+        "pypi:a==1/x.bin",
+    ],
 )
 def test_malformed_references_are_refused_with_a_mend(reference: str, tmp_path: Path) -> None:
     with pytest.raises(ModelError) as caught:

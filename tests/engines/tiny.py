@@ -28,6 +28,10 @@ def build(folder: Path, *, seed: int = 0, tied: bool = False, bias: bool = False
         num_key_value_heads=2, max_position_embeddings=context, eos_token_id=0, pad_token_id=0, bos_token_id=None,
         tie_word_embeddings=tied, attention_bias=bias, initializer_range=0.3,
     )  # fmt: skip
-    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+    model = LlamaForCausalLM(config)
+    for layer in model.modules():
+        if isinstance(layer, torch.nn.Linear) and layer.bias is not None:
+            torch.nn.init.normal_(layer.bias)  # freshly made ones are zero, and would hide what a bias does
+    model.to(torch.bfloat16).save_pretrained(folder)
     fast.save_pretrained(folder)
     return folder

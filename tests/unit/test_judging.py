@@ -376,7 +376,8 @@ def test_length_is_judged_over_all_prompts_together(now: int | None, status: str
 def test_scores_of_a_suite() -> None:
     of = suite("a", "b", "c", answers={"a": "5", "b": "6"})
     assert judging.scores(of, ["is 6", "is 5", "x"], ["b", "a", "c"], False) == (True, True, None)
-    then = replace(GOLDEN, scores=(True, True, None))
+    texts = replace(GOLDEN.generation, texts=("is 5", "is 6", "x"))
+    then = replace(GOLDEN, generation=texts, scores=(False, False, None))  # as scored by another scorer, long ago
     rows = gathered([scores(n, SAME) for n in "abc"], [output("a", FLIPPED, text="is 7"), output("b", SAME, text="6")])
     result = judging.judge_all(blank(of), of, then, rows, spell, False)
     assert [(p.score_golden, p.score_now) for p in result.prompts] == [(True, False), (True, True), (None, None)]
@@ -398,3 +399,11 @@ def test_level_and_ratio_are_those_of_the_golden() -> None:
     start = blank(selected={"a"})
     assert verdicts(judging.judge_all(start, ABC, then, gathered(rows, against=then), spell, False)) == ["identical"]
     assert verdicts(judging.judge_all(start, ABC, GOLDEN, gathered(rows), spell, False)) == ["drift"]
+
+
+def test_a_bug_that_only_decoding_has_is_seen_although_no_token_flips() -> None:
+    """The replay is clean, and every decoded token moved by three times the benign level: a broken cache, say."""
+    moved = [gathered([scores("a", SAME)], [output("a", SAME, logprob=[-0.5 - x] * 4)]) for x in (0.0, 1.5)]
+    asked = blank(selected={"a"})
+    found = [judging.judge_all(asked, ABC, GOLDEN, rows, spell, False).prompts[0] for rows in moved]
+    assert [str(p.verdict) for p in found] == ["identical", "drift"]
