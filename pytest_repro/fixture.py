@@ -11,7 +11,7 @@ from typing import Any
 
 from .engines.function import from_function
 from .errors import ConfigError, ReproError
-from .suite import Overrides, Prompt, Suite, Thresholds, apply, load
+from .suite import Overrides, Prompt, Suite, Thresholds, apply, from_table, load, merge
 
 _THRESHOLDS = {f.name for f in fields(Thresholds)}
 _PLAIN = ("model", "engine", "numerics", "batch_size", "max_new_tokens")
@@ -79,14 +79,8 @@ class Repro:
         model = overrides.model or defaults.get("suite", {}).get("model")
         if model is None and opener is None:
             raise ConfigError("no model is named", where=self._node.nodeid, fix='@pytest.mark.repro(model="...")')
-        suite = Suite(
-            name=name,
-            folder=self._state.paths[0] / "tests" / name,
-            model=model or "",
-            prompts=(prompt,),
-            **{k: v for k, v in defaults.get("generation", {}).items() if k in ("max_new_tokens", "batch_size")},
-            numerics=tuple(defaults.get("run", {}).get("numerics", ("native",))),
-        )
+        table = merge(defaults, {"suite": {"name": name, "model": model or ""}})
+        suite = from_table(table, folder=self._state.paths[0] / "tests" / name, prompts=(prompt,))
         if model and not overrides.model and (self._node.config.rootpath / model).is_dir():
             suite = replace(suite, model=str(self._node.config.rootpath / model))
         return self._run(apply(suite, overrides), opener)

@@ -235,18 +235,21 @@ def _line_of(text: str, path: Sequence[str]) -> str:
 
 
 def _build(file: Path, text: str, table: Mapping[str, Any]) -> Suite:
-    head, generation = table["suite"], table.get("generation", {})
-    prompts_file = inside(
-        file.parent, head["prompts"], where=f"{file}{_line_of(text, ['suite', 'prompts'])} [suite.prompts]"
-    )
-    thresholds = table.get("thresholds", {})
+    where = f"{file}{_line_of(text, ['suite', 'prompts'])} [suite.prompts]"
+    prompts = load_prompts(inside(file.parent, table["suite"]["prompts"], where=where))
+    return from_table(table, folder=file.parent, prompts=prompts)
+
+
+def from_table(table: Mapping[str, Any], *, folder: Path, prompts: tuple[Prompt, ...]) -> Suite:
+    """A suite from a validated table of suite.toml's shape and its prompts."""
+    head, thresholds = table["suite"], table.get("thresholds", {})
     base = {k: v for k, v in thresholds.items() if not isinstance(v, Mapping)}
     per_class = {k: v for k, v in thresholds.items() if isinstance(v, Mapping)}
     return Suite(
         name=head["name"],
-        folder=file.parent,
+        folder=folder,
         model=head["model"],
-        prompts=load_prompts(prompts_file),
+        prompts=prompts,
         engine=head.get("engine", "transformers"),
         engine_options=table.get("engine", {}),
         scorer=head.get("scorer", "last-number"),
@@ -255,7 +258,7 @@ def _build(file: Path, text: str, table: Mapping[str, Any]) -> Suite:
         thresholds={
             cls: Thresholds(**_checked_thresholds({**base, **per_class.get(cls, {})})) for cls in ("", *per_class)
         },
-        **generation,
+        **table.get("generation", {}),
     )
 
 

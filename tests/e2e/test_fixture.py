@@ -163,3 +163,17 @@ def test_an_unknown_keyword_of_the_marker_is_named(accepted: Project) -> None:
     result = accepted.write("test_own.py", test).check(where="test_own.py")
     assert result.rc == 1
     assert "unknown keyword 'modle'; known: model, " in result.out
+
+
+def test_a_single_prompt_heeds_the_defaults_of_pyproject(project: Project) -> None:
+    """Thresholds and generation settings under [tool.pytest-repro] hold for `check_prompt` too."""
+    defaults = "[tool.pytest-repro.thresholds]\nmax_divergent = 1\nmax_unexplained = 1\nlength_ratio = [0.5, 2.0]\n"
+    project.pyproject(defaults).write("engine.py", ENGINE.format(suffix=""))
+    body = "from engine import shout\n\ndef test_one(repro):\n    repro.check_prompt('hello', engine=shout)\n"
+    assert project.write("test_one.py", body).pytest("--repro-update", "test_one.py").rc == 0
+    project.accept()
+    project.write("engine.py", ENGINE.format(suffix="!"))
+    passed = project.pytest("--repro-check", "test_one.py")
+    assert passed.rc == 0, passed.text
+    project.pyproject("")
+    assert project.pytest("--repro-check", "test_one.py").rc == 1
