@@ -158,7 +158,10 @@ def _progress(config: Any, suite: Suite, mode: str) -> Any:
     capture = config.pluginmanager.getplugin("capturemanager")
     quiet = hasattr(config, "workerinput") or config.option.verbose < 0
     return Display(
-        f"repro {suite.name} [{mode}]", sys.stderr, capture.global_and_fixture_disabled if capture else None, quiet
+        f"repro {suite.name} [{mode}]",
+        lambda: sys.stderr,
+        capture.global_and_fixture_disabled if capture else None,
+        quiet,
     )
 
 

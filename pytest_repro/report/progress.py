@@ -9,12 +9,15 @@ from typing import Any, TextIO
 
 
 class Display:
-    """A `gate.Progress` that writes to a stream, past pytest's capturing."""
+    """A `gate.Progress` that writes to a stream, past pytest's capturing.
+
+    The stream is asked for anew each time, while nothing is captured: a stream kept from before would be the captured one.
+    """
 
     def __init__(
         self,
         label: str,
-        stream: TextIO,
+        stream: Callable[[], TextIO],
         uncaptured: Callable[[], AbstractContextManager[Any]] | None = None,
         quiet: bool = False,
     ) -> None:
@@ -48,29 +51,32 @@ class Display:
         if self.phase_name and not self.quiet:
             seconds = time.monotonic() - self.started
             rate = self.done / seconds if seconds > 0 else 0.0
-            self._write(
-                f"{self._start()}{self.label}: {self.phase_name}: {self.done} tokens, {seconds:.1f} s, {rate:.0f} tokens/s\n"
-            )
+            self._write(f"{self.label}: {self.phase_name}: {self.done} tokens, {seconds:.1f} s, {rate:.0f} tokens/s\n")
         self.phase_name = ""
 
     def _show(self, total: int) -> None:
         """On a terminal, the running line; it is rewritten ten times a second at most."""
+        if self.quiet or time.monotonic() - self.shown < 0.1:
+            return
+        self.shown = time.monotonic()
         with self.uncaptured():
-            if self.quiet or not self.stream.isatty() or time.monotonic() - self.shown < 0.1:
+            stream = self.stream()
+            if not stream.isatty():
                 return
-            self.shown = time.monotonic()
             share = min(1.0, self.done / total) if total else 1.0
             left = (self.shown - self.started) * (1 - share) / share if share else 0.0
             bar = "█" * round(20 * share) + "░" * (20 - round(20 * share))
-            self.stream.write(f"{self._start()}{self.label}: {self.phase_name} {bar} {share:4.0%}  {left:.0f} s left")
-            self.stream.flush()
+            stream.write(f"{self._start(stream)}{self.label}: {self.phase_name} {bar} {share:4.0%}  {left:.0f} s left")
+            stream.flush()
 
-    def _start(self) -> str:
-        return "\r\033[K" if self.stream.isatty() else ""
+    @staticmethod
+    def _start(stream: TextIO) -> str:
+        return "\r\033[K" if stream.isatty() else ""
 
     def _write(self, text: str) -> None:
         with self.uncaptured():
+            stream = self.stream()
             if self.first:
                 text, self.first = f"\n{text}", False  # pytest's own line of dots is not finished yet
-            self.stream.write(text)
-            self.stream.flush()
+            stream.write(self._start(stream) + text)
+            stream.flush()

@@ -317,3 +317,11 @@ def test_two_recordings_of_one_golden_in_one_run_are_refused(project: Project) -
     assert result.rc == 1
     assert "1 failed, 1 passed" in result.out
     assert "recorded already in this run" in result.out
+
+
+def test_a_long_run_says_how_far_it_is_past_the_capture(project: Project) -> None:
+    """A line a phase in a log; the running bar needs a terminal."""
+    result = project.suite().pytest("--repro-update", "golden")
+    assert result.rc == 0
+    assert "repro demo [bf16]: record: 16 tokens" in result.err
+    assert "repro demo [bf16]: noise: scripted jitter: 16 tokens" in result.err
