@@ -125,7 +125,7 @@ def test_bf16_compute_is_never_taken_for_an_fp32_golden(model: models.ModelFiles
     )  # fmt: skip
     assert run.rc == 1
     assert run.verdicts <= {"near_tie", "drift"}
-    assert run.suspects[0] == "numerics" or run.suspects[0] == "dtype"
+    assert run.suspects[0] == "compute_class"
 
 
 def test_record_accept_check_edit(model: models.ModelFiles, tmp_path: Path) -> None:
