@@ -34,7 +34,7 @@ SUSPECTS: tuple[str, ...] = (
     "fp32_precision.mkldnn", "reduced_precision.bf16", "reduced_precision.fp16", "autocast", "deterministic_algorithms",
     "cudnn.deterministic", "cudnn.benchmark", "preferred_blas", "sdp.flash", "sdp.mem_efficient", "sdp.math", "sdp.cudnn",
     "driver", "cuda", "cublas", "cudnn", "nccl", "triton", "torch", "engine_version", "gpu.sm_count", "gpu.mig",
-    "cpu_capability", "cpu_model", "threads", "interop_threads", "blas", "mkldnn", "quantization_library",
+    "cpu_capability", "cpu_model", "threads", "interop_threads", "blas", "mkldnn",
 )  # fmt: skip
 """Numerics fields, likeliest culprit first."""
 

@@ -13,6 +13,7 @@ import tempfile
 import tomllib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -111,7 +112,10 @@ class Session:
 
     def check(self, suite: Suite, mode: str, **more: Any) -> dict[str, Any]:
         """Check one suite in one mode, and keep the result; xdist workers share one run of it."""
-        key = digest(repr((suite, mode, self.options(suite.folder, **more))))
+        options = self.options(suite.folder, **more)
+        # A set is spelt in another order by every worker: what goes into the key is sorted.
+        sets = [sorted(found) if found is not None else None for found in (options.selected, options.allow_changed)]
+        key = digest(repr((suite, mode, replace(options, selected=None, allow_changed=frozenset()), sets)))
         if more.get("opener"):  # a callable of one test's own: no other worker has it
             found = self._check(suite, mode, more)
         else:

@@ -247,3 +247,12 @@ def test_the_report_is_written_into_a_new_folder(accepted: Project) -> None:
     assert report["verdict"] == "pass"
     assert report["environment"]["engine"] == "scripted"
     assert not Path(str(report["suites"][0]["path"])).is_absolute()
+
+
+def test_workers_share_one_run_of_a_selection_too(accepted: Project) -> None:
+    """The chosen prompts are a set, and every worker spells a set in an order of its own."""
+    items = [f"golden/demo/suite.toml::bf16::{name}" for name in ("a", "b", "c")]
+    result = accepted.pytest("--repro-check", *items, "-n", "2", "--repro-report-json", "r.json")
+    assert result.rc == 0, result.text
+    (suite,) = json.loads((accepted.root / "r.json").read_text())["suites"]
+    assert [p["id"] for p in suite["prompts"]] == ["a", "b", "c"]
