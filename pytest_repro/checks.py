@@ -39,19 +39,25 @@ def _golden(result: SuiteResult, golden: Golden) -> Check:
 
 
 def _compute(result: SuiteResult) -> Check:
+    """What was asked for is what the probe saw; and whether that lets the waiver apply."""
     observed = result.observed or {}
     found, detail = observed.get("compute_class"), observed.get("detail")
     if found == "unknown":
-        status = "fail" if result.numerics == "fp32" else "skip"
+        status = "fail" if result.claimed == "fp32" else "skip"
         return Check("compute", status, f"{result.numerics} is only claimed: {detail}")
-    if result.numerics in ("native", found):
-        return Check("compute", "pass", f"observed {found} ({observed.get('product_bits')} product bits; {detail})")
-    return Check(
-        "compute",
-        "fail",
-        f"{result.numerics} was asked for, but the probe found {found}: {observed.get('product_bits')} product bits, "
-        f"{observed.get('sum_bits')} sum bits ({detail})",
-    )
+    bits = f"{observed.get('product_bits')} product bits, {observed.get('sum_bits')} sum bits ({detail})"
+    if result.claimed in (None, found):
+        return Check("compute", "pass", f"observed {found}: {bits}\n{_waiver(result)}")
+    asked = result.numerics if result.numerics == result.claimed else f"{result.numerics}, which is {result.claimed},"
+    return Check("compute", "fail", f"{asked} was asked for, but the probe found {found}: {bits}\n{_waiver(result)}")
+
+
+def _waiver(result: SuiteResult) -> str:
+    """What the waiver did, or would have done: in every report, whatever its setting."""
+    policy = f"fp32_waiver = {result.thresholds.fp32_waiver}"
+    if (result.observed or {}).get("compute_class") != "fp32":
+        return f"{policy} does not apply: FP32-class compute was not observed"
+    return f"{policy}: {result.counts.get(Verdict.WAIVED, 0)} waived"
 
 
 def _paired(result: SuiteResult) -> PairedTest | None:

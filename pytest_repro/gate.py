@@ -83,7 +83,8 @@ class Options:
 def check(suite: Suite, mode: str, options: Options, show: Progress | None = None) -> SuiteResult:
     """Check a suite in one numerics mode against its golden. Never raises a `ReproError`: what broke is a verdict."""
     started, show = time.monotonic(), show or Silent()
-    result = judging.blank(suite, mode, options.selected, options.shown_path)
+    claimed = numerics.mode(mode).compute_class
+    result = judging.blank(suite, mode, claimed, options.selected, options.shown_path)
     try:
         expect_golden(suite, mode, options)
         with live(suite, mode, options, show) as engine:
@@ -224,6 +225,7 @@ def live(suite: Suite, mode: str, options: Options, show: Progress) -> Iterator[
         folder=suite.folder,
         model=files,
         options=suite.engine_options,
+        say=show.say,
     )
     with chosen(spec) as engine:
         yield engine

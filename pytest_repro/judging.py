@@ -36,18 +36,21 @@ class Gathered:
     """Prompt id -> the verdict on a prompt that has no answer to compare."""
 
 
-def blank(suite: Suite, mode: str, selected: frozenset[str] | None, shown_path: str) -> SuiteResult:
+def blank(
+    suite: Suite, mode: str, claimed: str | None, selected: frozenset[str] | None, shown_path: str
+) -> SuiteResult:
     """A result before anything ran: every selected prompt still `identical`."""
     return SuiteResult(
         name=suite.name,
         path=shown_path or str(suite.folder),
         numerics=mode,
-        thresholds=suite.thresholds_for(mode),
+        thresholds=suite.thresholds_for(claimed or ""),
         size=len(suite.prompts),
         prompts=tuple(
             PromptResult(p.id, Verdict.IDENTICAL) for p in suite.prompts if selected is None or p.id in selected
         ),
         checks=(),
+        claimed=claimed,
     )
 
 
@@ -84,7 +87,6 @@ def against(result: SuiteResult, golden: Golden, suite: Suite, allowed: frozense
             prompts.append(replace(prompt, verdict=Verdict.INCOMPARABLE, reason="the prompt was edited"))
         else:
             prompts.append(prompt)
-    compute_class = str((result.observed or {}).get("compute_class", ""))
     notes = _notes(golden, suite, result, [] if barred else changes)
     return replace(
         result,
@@ -97,7 +99,7 @@ def against(result: SuiteResult, golden: Golden, suite: Suite, allowed: frozense
             "batch_size": golden.batch_size,
             "review": asdict(golden.review) if golden.review else None,
         },
-        thresholds=suite.thresholds_for(compute_class if result.numerics == "native" else result.numerics),
+        thresholds=suite.thresholds_for(result.claimed or observed),
         environment_diff=tuple(changes),
         equal_fields=fingerprint.equal_count(golden.fingerprint, result.environment),
         envelope_deficit=golden.noise.max_deficit,
@@ -110,7 +112,7 @@ def _notes(golden: Golden, suite: Suite, result: SuiteResult, changes: Sequence[
     unused = sorted(set(golden.generation.ids) - {p.id for p in suite.prompts})
     if unused:
         notes.append(f"unused in the golden: {', '.join(unused)} (no such prompt in the suite any more)")
-    if golden.compute_class not in (result.numerics, (result.observed or {}).get("compute_class")):
+    if golden.compute_class not in (result.claimed, (result.observed or {}).get("compute_class")):
         notes.append(f"compared with a golden of another compute class, {golden.compute_class}")
     if not golden.noise.variants:
         notes.append(

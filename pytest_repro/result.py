@@ -67,6 +67,8 @@ class SuiteResult:
     """Prompts in the suite, selected or not."""
     prompts: tuple[PromptResult, ...]
     checks: tuple[Check, ...]
+    claimed: str | None = None
+    """The compute class that the mode claims; None if it claims nothing."""
     golden: Mapping[str, Any] | None = None
     """Name, digest, review and settings of the golden used; None without one."""
     observed: Mapping[str, Any] | None = None

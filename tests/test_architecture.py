@@ -20,10 +20,12 @@ LAYERS = [
     {"gate", "review"},
     {"plugin", "cli", "session", "fixture", "testing"},
 ]
+LAYERCAST = {f"numerics.layercast.{name}" for name in ("product", "native", "gpu", "weight", "model", "quantizer")}
 HEAVY = {
     "pytest": {"plugin", "testing"},
-    "torch": {"engines.transformers", "numerics.fp32", "models", "probe", "review"},
-    "transformers": {"engines.transformers", "models"},
+    "torch": {"engines.transformers", "numerics.fp32", "models", "probe", "review", *LAYERCAST},
+    "transformers": {"engines.transformers", "models", "numerics.layercast.quantizer"},
+    "triton": {"numerics.layercast.gpu"},
     "huggingface_hub": {"models"},
     "typer": {"cli"},
     "rich": {"cli"},
@@ -31,8 +33,8 @@ HEAVY = {
     "pynvml": {"probe"},
 }
 AT_THE_TOP = {
-    "torch": {"engines.transformers"},
-    "transformers": {"engines.transformers"},
+    "torch": {"engines.transformers", *LAYERCAST},
+    "transformers": {"engines.transformers", "numerics.layercast.quantizer"},
     "pytest": {"plugin", "testing"},
 }
 
@@ -99,16 +101,17 @@ def test_heavy_packages_stay_where_they_belong(name: str) -> None:
 
 
 def test_the_drawing_is_the_tree() -> None:
-    drawn, folder = set(), ""
+    drawn: set[str] = set()
+    folders_above: list[str] = []
     block = DRAWING.split("## The modules")[1].split("```")[1]
     for line in block.splitlines()[2:]:
         entry = re.match(r"^( +)([a-z0-9_]+(?:\.py|/))", line)
         assert entry, line
-        if entry[2].endswith("/"):
-            folder = entry[2]
-            drawn.add(folder)
-        else:
-            drawn.add((folder if len(entry[1]) > 2 else "") + entry[2])
+        depth = len(entry[1]) // 2 - 1
+        path = "".join(folders_above[:depth]) + entry[2]
+        drawn.add(path)
+        if path.endswith("/"):
+            folders_above[depth:] = [entry[2]]
     files = {p.relative_to(PACKAGE).as_posix() for p in PACKAGE.rglob("*.py") if p.name != "__init__.py"}
     folders = {f"{p.parent.relative_to(PACKAGE).as_posix()}/" for p in PACKAGE.rglob("*/__init__.py")}
     assert drawn == files | folders

@@ -41,6 +41,8 @@ class Spec:
     """Files of the model; None for engines that have none."""
     options: Mapping[str, Any] = field(default_factory=dict)
     """The suite's `[engine]` table."""
+    say: Callable[[str], None] = lambda _: None
+    """Told, in one line, before something that takes long."""
 
 
 class Engine(Protocol):
@@ -92,7 +94,9 @@ class Entry:
 
 
 REGISTRY: dict[str, Entry] = {
-    "transformers": Entry("transformers", needs_model=True, extra="transformers", options=("device", "attention")),
+    "transformers": Entry(
+        "transformers", needs_model=True, extra="transformers", options=("device", "attention", "round_weights")
+    ),
     "scripted": Entry("scripted", needs_model=False, extra="", options=("script", "observed", "jitter")),
 }
 

@@ -31,6 +31,7 @@ from .. import probe
 from ..errors import ConfigError, EngineError
 from ..fingerprint import Fingerprint
 from ..generation import Output, Request, Scores, digest
+from ..numerics import layercast
 from ..suite import Prompt
 from .base import Engine, Spec, Tick, no_tick
 
@@ -70,6 +71,7 @@ class TransformersEngine:
         self.spec = spec
         self.device = _device(spec.options.get("device"))
         path = str(spec.model.path)
+        self.product = self._prepare()
         with _explained(f"loading {spec.model.reference}", lambda: None):
             config = AutoConfig.from_pretrained(path, trust_remote_code=False)
             self.tokenizer = AutoTokenizer.from_pretrained(path, padding_side="left", trust_remote_code=False)
@@ -90,6 +92,7 @@ class TransformersEngine:
         attention = self.spec.options.get("attention")
         options: dict[str, Any] = {"attn_implementation": attention} if attention else {}
         dtype = getattr(torch, self.spec.mode.dtype) if self.spec.mode.dtype else "auto"
+        options |= self._storage()
         try:
             model = AutoModelForCausalLM.from_pretrained(
                 path, dtype=dtype, use_safetensors=True, trust_remote_code=False, **options
@@ -101,6 +104,19 @@ class TransformersEngine:
                 ) from None
             raise
         return model.to(self.device).eval()
+
+    def _prepare(self) -> str:
+        """How LayerCast multiplies on this device, compiled now; empty for other modes."""
+        if self.spec.mode.storage != "layercast":
+            return ""
+        return layercast.prepare(self.device, self.spec.say)
+
+    def _storage(self) -> dict[str, Any]:
+        """How weights are to be stored, where the mode's dtype does not say it."""
+        round_weights = self.spec.options.get("round_weights")
+        if self.spec.mode.storage != "layercast":
+            return {}
+        return {"quantization_config": layercast.LayerCastConfig(round_weights=round_weights)}
 
     def close(self) -> None:
         """Let go of the model's memory."""
@@ -133,6 +149,7 @@ class TransformersEngine:
             "tensor_parallel_size": 1,
             "prefix_caching": False,
             "engine.padding_side": "left",
+            **({"engine.product": self.product} if self.product else {}),
             **probe.torch_facts(self.device),
         }
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from ..errors import ConfigError
 
-_MODES = ("native", "bf16", "fp16", "fp32")
+_MODES = ("native", "bf16", "fp16", "fp32", "layercast")
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,8 @@ class Mode:
     """The compute class that it claims; None if that depends on the model."""
     switches: Callable[[], AbstractContextManager[None]]
     """Entering sets torch's global switches, leaving restores them."""
+    storage: str | None = None
+    """How weights are stored where that is not `dtype`: the name of a quantisation method that engines register."""
 
 
 def mode(name: str) -> Mode:

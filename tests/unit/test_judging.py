@@ -39,7 +39,9 @@ GOLDEN = golden(generation(*(output(name, [1, 2, 3, 4], gap=[1, 0.5, 1, 1]) for 
 
 
 def blank(of: Suite = ABC, mode: str = "bf16", selected: set[str] | None = None, **changes: Any) -> SuiteResult:
-    result = judging.blank(of, mode, None if selected is None else frozenset(selected), "golden/s")
+    result = judging.blank(
+        of, mode, None if mode == "native" else mode, None if selected is None else frozenset(selected), "golden/s"
+    )
     return replace(result, **{"environment": NOW, "observed": BF16, **changes})
 
 
@@ -309,7 +311,12 @@ def test_an_unreviewed_golden_fails_even_if_nothing_differs() -> None:
     ],
 )  # fmt: skip
 def test_a_claim_is_held_against_what_was_observed(asked: str, observed: str, status: str) -> None:
-    result = suite_result(judged("a"), numerics=asked, observed={**BF16, "compute_class": observed})
+    result = suite_result(
+        judged("a"),
+        numerics=asked,
+        claimed=None if asked == "native" else asked,
+        observed={**BF16, "compute_class": observed},
+    )
     found = checks.summed_up(result, GOLDEN, lambda _: (4, 4))
     assert [c.status for c in found.checks if c.name == "compute"] == [status]
     assert found.passed is (status != "fail")

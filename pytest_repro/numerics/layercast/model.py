@@ -1,0 +1,152 @@
+"""LayerCast on a whole model: which parameters stay in 16 bits, which become FP32, and which cannot be cast.
+
+Matrices (linear layers, embeddings, lm_head, routers, experts) stay in 16 bits as `Weight`; vectors (norms, biases) and
+buffers are a thousandth of a model, and become FP32, which loses nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+
+from ...errors import EngineError
+from ..fp32 import ieee
+from . import product
+from .weight import Weight, parameter, stored
+
+FLOATS = (torch.float32, *product.SIXTEEN_BIT)
+
+
+def narrowed(tensor: torch.Tensor, to: torch.dtype | None = None) -> torch.Tensor | None:
+    """A matrix in 16 bits: as it is, or an FP32 one whose numbers all are bfloat16 or float16 numbers.
+
+    Args:
+        tensor: bfloat16, float16 or float32.
+        to: round to this dtype if no 16-bit dtype holds the numbers exactly.
+
+    Returns:
+        None if rounding would be needed, and was not asked for.
+    """
+    if tensor.dtype in product.SIXTEEN_BIT:
+        return tensor
+    for dtype in product.SIXTEEN_BIT:
+        short = tensor.to(dtype)
+        if torch.equal(short.to(tensor.dtype), tensor):
+            return short
+    return None if to is None else tensor.to(to)
+
+
+@contextmanager
+def casting(model: Any, say: Callable[[str], None] = lambda _: None) -> Iterator[None]:
+    """LayerCast for a model that is already loaded, FP32 switches included; leaving restores everything, on error too.
+
+    16-bit matrices are shared, not copied (Conv1D's are, since the product wants them transposed). Nests.
+
+    Raises:
+        EngineError: names the modules that cannot be cast.
+    """
+    with ExitStack() as undo:
+        undo.enter_context(ieee())
+        _cast_all(model, undo)
+        _settle(model, undo)
+        for device in {p.device for p in model.parameters()}:
+            product.prepare(device, say)
+        yield
+
+
+def refusal(names: list[str], why: str) -> EngineError:
+    """The error that names what cannot be cast."""
+    shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+    return EngineError(f"layercast cannot cast {shown}: {why}")
+
+
+def check_settings(model: Any) -> None:
+    """Refuse what would leave FP32 by another door.
+
+    Raises:
+        EngineError: with the setting.
+    """
+    packed = getattr(model, "hf_quantizer", None)
+    method = packed.quantization_config.quant_method if packed is not None else "layercast"
+    if method != "layercast":
+        raise EngineError(f"layercast needs plain 16-bit weights, and this model's are packed by {method}")
+    attention = str(getattr(model.config, "_attn_implementation", ""))
+    if "flash" in attention:
+        raise EngineError(
+            f"attention {attention!r} computes in 16 bits only, so layercast cannot use it",
+            where="[engine.attention]",
+            fix='attention = "sdpa" or "eager"',
+        )
+
+
+def _cast_all(model: Any, undo: ExitStack) -> None:
+    check_settings(model)
+    replaced: dict[int, torch.Tensor] = {}  # tied parameters stay tied
+    refused: list[str] = []
+    for name, module in model.named_modules():
+        for holder in (module._parameters, module._buffers):
+            for key, tensor in holder.items():
+                if tensor is None or isinstance(tensor, Weight):
+                    continue
+                if id(tensor) not in replaced:
+                    made = _cast(module, tensor, isinstance(tensor, torch.nn.Parameter))
+                    if made is None:
+                        refused.append(f"{name}.{key} ({type(module).__name__}, {tensor.dtype}, {tuple(tensor.shape)})")
+                        continue
+                    replaced[id(tensor)] = made
+                if replaced[id(tensor)] is not tensor:
+                    undo.callback(holder.__setitem__, key, tensor)
+                    holder[key] = replaced[id(tensor)]
+    if refused:
+        raise refusal(refused, "its weights are not 16-bit floating-point numbers")
+
+
+def _cast(module: Any, tensor: torch.Tensor, is_parameter: bool) -> torch.Tensor | None:
+    """What takes a tensor's place; itself if nothing need be done; None if it cannot be cast."""
+    if not is_parameter:
+        return tensor.float() if tensor.dtype in product.SIXTEEN_BIT else tensor
+    if tensor.dtype not in FLOATS:
+        return None
+    if tensor.dim() < 2:
+        return tensor if tensor.dtype == torch.float32 else torch.nn.Parameter(tensor.detach().float(), False)
+    short = narrowed(tensor.detach())
+    return None if short is None else arranged(module, short)
+
+
+def arranged(module: Any, short: torch.Tensor) -> torch.nn.Parameter:
+    """A 16-bit matrix as a module's parameter, laid out for the product: Conv1D holds (in, out), and wants (out, in)."""
+    if type(module).__name__ == "Conv1D" and short.dim() == 2:
+        short = short.T.contiguous().T
+    return parameter(short)
+
+
+def _settle(model: Any, undo: ExitStack) -> None:
+    """Settings that would work against FP32: the dtype of caches, and experts that multiply in the weights' dtype."""
+    for module in model.modules():
+        config = getattr(module, "config", None)
+        if config is not None and getattr(config, "dtype", None) in product.SIXTEEN_BIT:
+            undo.callback(setattr, config, "dtype", config.dtype)
+            config.dtype = torch.float32
+    settle_experts(model, undo.callback)
+
+
+def settle_experts(model: Any, undo: Callable[..., Any]) -> None:
+    """Fused experts one by one: grouped products would upcast every expert's weights to serve a few."""
+    for module in model.modules():
+        config = getattr(module, "config", None)
+        current = getattr(config, "_experts_implementation", None)
+        if current not in (None, "eager"):
+            undo(setattr, config, "_experts_implementation_internal", current)
+            config._experts_implementation_internal = "eager"  # type: ignore[union-attr]
+
+
+def weight_bytes(model: Any) -> int:
+    """Bytes of a model's parameters and buffers as they lie in memory; what is tied counts once."""
+    tensors = {}
+    for tensor in (*model.parameters(), *model.buffers()):
+        plain = stored(tensor)
+        tensors[plain.untyped_storage().data_ptr()] = plain.untyped_storage().nbytes()
+    return sum(tensors.values())

@@ -1,0 +1,126 @@
+"""The C++ product of `product.cpp`: compiled once for each instruction set, kept in the cache, loaded through ctypes.
+
+The source includes no header of torch, so it compiles in seconds, and one library serves every version of torch. It is
+compiled beside its place and moved there when it is whole: two processes may do so at once, and one that was killed
+leaves no lock behind (docs/decisions/0005-layercast.md).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import logging
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ...models import cache_folder
+
+SOURCE = Path(__file__).with_name("product.cpp")
+FLAGS = ("-O3", "-std=c++17", "-shared", "-fPIC", "-fopenmp", "-ffp-contract=off")
+INSTRUCTIONS: dict[str, tuple[str, ...]] = {
+    "AVX512": ("-mavx512f", "-mavx2", "-mfma", "-mf16c"),
+    "AVX2": ("-mavx2", "-mfma", "-mf16c"),
+}
+"""torch's name of what its own CPU kernels use (`ATEN_CPU_CAPABILITY` lowers it) -> compiler flags."""
+
+log = logging.getLogger("pytest_repro.layercast")
+
+
+@dataclass(frozen=True)
+class Library:
+    """The compiled product, or the reason why there is none."""
+
+    function: Any | None
+    """`layercast_linear` of product.cpp."""
+    about: str
+    """For the fingerprint and for people: the instruction set, or what is missing."""
+
+
+def library(say: Callable[[str], None] = log.info) -> Library:
+    """The product for the instruction set that torch's own kernels use now; compiled at first use.
+
+    Args:
+        say: told before a compilation, and when there can be none.
+    """
+    return _library(torch.backends.cpu.get_cpu_capability(), os.environ.get("CXX", ""), say)
+
+
+def _once(make: Callable[[str, str, Callable[[str], None]], Library]) -> Callable[..., Library]:
+    """Remember the answer, whoever was told about it."""
+    known: dict[tuple[str, str], Library] = {}
+
+    @functools.wraps(make)
+    def remembered(capability: str, cxx: str, say: Callable[[str], None]) -> Library:
+        if (capability, cxx) not in known:
+            known[capability, cxx] = make(capability, cxx, say)
+        return known[capability, cxx]
+
+    return remembered
+
+
+@_once
+def _library(capability: str, cxx: str, say: Callable[[str], None]) -> Library:
+    flags = _flags(capability)
+    if flags is None:
+        return Library(None, f"no fused multiply-add at {capability}")
+    compiler = next(filter(None, map(shutil.which, [cxx] if cxx else ["g++", "c++", "clang++"])), None)
+    if compiler is None:
+        missing = f"no C++ compiler ({cxx or 'g++, c++, clang++'})"
+        say(f"layercast: {missing}: its products run several times slower; install g++, or set CXX")
+        return Library(None, missing)
+    try:
+        path = _compiled(compiler, flags, say)
+        function = ctypes.CDLL(str(path)).layercast_linear
+    except (OSError, subprocess.SubprocessError) as exc:
+        why = _last_line(exc)
+        say(f"layercast: {compiler} failed, so its products run several times slower: {why}")
+        return Library(None, f"not compiled: {why}")
+    pointer, size, small = ctypes.c_void_p, ctypes.c_long, ctypes.c_int
+    function.argtypes = [pointer] * 4 + [size] * 3 + [small] * 2
+    return Library(function, capability)
+
+
+def _flags(capability: str) -> tuple[str, ...] | None:
+    if capability in INSTRUCTIONS:
+        return (*FLAGS, *INSTRUCTIONS[capability])
+    if platform.machine() in ("x86_64", "AMD64"):
+        return None
+    return (*FLAGS, "-mcpu=native")
+
+
+def _compiled(compiler: str, flags: tuple[str, ...], say: Callable[[str], None]) -> Path:
+    """The library's file: of this source, these flags, this compiler and this processor.
+
+    Raises:
+        OSError, subprocess.SubprocessError: it could not be compiled or kept.
+    """
+    version = subprocess.run([compiler, "--version"], capture_output=True, check=True, timeout=60).stdout
+    parts = [SOURCE.read_bytes(), " ".join(flags).encode(), version, platform.machine().encode()]
+    key = hashlib.sha256(b"\0".join(parts)).hexdigest()[:20]
+    folder = cache_folder() / "native"
+    path = folder / f"layercast-{key}.so"
+    if path.exists():
+        return path
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    say(f"layercast: compiling its product once with {compiler} (a few seconds)")
+    with tempfile.TemporaryDirectory(dir=folder) as beside:
+        made = Path(beside) / "product.so"
+        command = [compiler, *flags, str(SOURCE), "-o", str(made)]
+        subprocess.run(command, capture_output=True, text=True, check=True, timeout=600)
+        made.replace(path)
+    return path
+
+
+def _last_line(exc: Exception) -> str:
+    said = str(getattr(exc, "stderr", "") or exc).strip().splitlines()
+    return next((line for line in said if "error" in line), said[-1] if said else type(exc).__name__)[:200]

@@ -1,0 +1,132 @@
+"""LayerCast as transformers' users expect a storage format: `from_pretrained(..., quantization_config=LayerCastConfig())`.
+
+Importing this module registers both classes with transformers under the name `layercast`.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+from transformers.core_model_loading import ConversionOps
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.quantizers.quantizers_utils import get_module_from_name, should_convert_module
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from ...errors import ConfigError
+from . import product
+from .model import arranged, check_settings, narrowed, refusal, settle_experts
+from .weight import Weight
+
+log = logging.getLogger("pytest_repro.layercast")
+
+
+@register_quantization_config("layercast")
+class LayerCastConfig(QuantizationConfigMixin):  # type: ignore[misc]
+    """16-bit storage, FP32 compute (arXiv 2506.09501 §4).
+
+    Args:
+        modules_to_not_convert: names of modules (as in other configs of transformers) whose matrices stay in FP32.
+        round_weights: `bfloat16` or `float16`: round matrices that are not 16-bit numbers. None refuses such a model.
+
+    Raises:
+        ConfigError: no such dtype.
+    """
+
+    def __init__(
+        self, modules_to_not_convert: list[str] | None = None, round_weights: str | None = None, **_: Any
+    ) -> None:
+        if round_weights not in (None, "bfloat16", "float16"):
+            raise ConfigError(f"round_weights is bfloat16 or float16, not {round_weights!r}")
+        self.quant_method = "layercast"
+        self.modules_to_not_convert = modules_to_not_convert
+        self.round_weights = round_weights
+
+
+@register_quantizer("layercast")
+class LayerCastQuantizer(HfQuantizer):  # type: ignore[misc]
+    """Loads every tensor in FP32, one at a time, and keeps the matrices whose numbers are 16-bit numbers in 16 bits."""
+
+    requires_calibration = False
+    quantization_config: LayerCastConfig
+
+    def __init__(self, quantization_config: LayerCastConfig, **kwargs: Any) -> None:
+        super().__init__(quantization_config, **kwargs)
+        self.pre_quantized = False
+        self.refused: list[str] = []
+
+    @property
+    def rounding(self) -> torch.dtype | None:
+        """The dtype that weights may be rounded to."""
+        name = self.quantization_config.round_weights
+        return None if name is None else getattr(torch, name)
+
+    def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """Everything that is not a matrix is FP32, whatever was asked for."""
+        return torch.float32
+
+    def param_needs_quantization(self, model: Any, param_name: str, **_: Any) -> bool:
+        """Every matrix, unless its module is kept."""
+        module, name = get_module_from_name(model, param_name)
+        matrix = name in module._parameters and module._parameters[name].dim() >= 2
+        return matrix and should_convert_module(param_name, self.quantization_config.modules_to_not_convert or [])
+
+    def param_element_size(self, model: Any, param_name: str, param: torch.Tensor) -> float:
+        """Bytes an element, for transformers' memory planning."""
+        return 2 if self.param_needs_quantization(model, param_name) else 4
+
+    def get_quantize_ops(self) -> ConversionOps:
+        """What transformers calls with each matrix as it is read."""
+        return _Narrow(self)
+
+    def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
+        """Everything is loaded: refuse what could not be cast, and set what FP32 compute needs.
+
+        Raises:
+            EngineError: with the names.
+        """
+        kept = self.quantization_config.modules_to_not_convert or []
+        left = {
+            name
+            for name, tensor in model.named_parameters()
+            if tensor.dim() >= 2 and not isinstance(tensor, Weight) and should_convert_module(name, kept)
+        }
+        if refused := sorted(left | set(self.refused)):
+            fix = 'round_weights="bfloat16" rounds them, modules_to_not_convert=[...] keeps them in FP32'
+            error = refusal(refused, "these weights were never 16-bit numbers, and would be rounded")
+            error.fix = fix
+            raise error
+        check_settings(model)
+        settle_experts(model, lambda *_: None)
+        for device in {p.device for p in model.parameters()}:
+            product.prepare(device, log.info)
+        return model
+
+    def is_serializable(self) -> bool:
+        """The checkpoint it came from is what to keep: saving would write the same numbers again."""
+        return False
+
+    @property
+    def is_trainable(self) -> bool:
+        """Inference only."""
+        return False
+
+
+class _Narrow(ConversionOps):  # type: ignore[misc]
+    def __init__(self, quantizer: LayerCastQuantizer) -> None:
+        self.quantizer = quantizer
+
+    def convert(self, input_dict: dict[str, Any], full_layer_name: str = "", model: Any = None, **_: Any) -> Any:
+        out = {}
+        for name, value in input_dict.items():
+            tensor = value[0] if isinstance(value, list) else value
+            short = narrowed(tensor, self.quantizer.rounding)
+            if short is None:
+                self.quantizer.refused.append(full_layer_name or name)
+                out[name] = tensor
+            else:
+                module, _name = get_module_from_name(model, full_layer_name or name)
+                out[name] = arranged(module, short)
+        return out

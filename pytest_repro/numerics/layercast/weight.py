@@ -1,0 +1,167 @@
+"""A 16-bit weight that takes part in FP32 arithmetic, whatever module it belongs to.
+
+`Weight` is a tensor subclass. To the model it looks like a float32 parameter; its storage stays bfloat16 or float16. What
+a module does with it decides what happens: a product with it becomes the LayerCast product, a look-up becomes rows in
+FP32, a view of it stays a `Weight`, and any other operation sees it upcast for that one operation. So nothing depends on
+the class of the module: linear layers, GPT-2's Conv1D, routers and fused experts are all served, and none can be missed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from . import product
+
+Rule = Callable[..., Any]
+
+
+class Weight(torch.Tensor):
+    """16-bit storage, FP32 arithmetic. Made by `wrap`; for inference only."""
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        """Give every function its rule; without one, the weight is upcast for it."""
+        rule = RULES.get(func)
+        if rule is not None:
+            return rule(func, *args, **(kwargs or {}))
+        name = getattr(func, "__name__", "")
+        if name in ("__get__", "__set__"):
+            return _as_stored(func, *args, **(kwargs or {}))
+        if (name.endswith("_") and not name.endswith("__")) or name in ("__setitem__", "__iadd__", "__imul__"):
+            raise TypeError(f"a LayerCast weight is read-only: {name} would change it")
+        return func(*map(_upcast, args), **{key: _upcast(value) for key, value in (kwargs or {}).items()})
+
+
+def wrap(stored: torch.Tensor) -> Weight:
+    """A 16-bit tensor as a weight that shares its storage."""
+    with torch._C.DisableTorchFunctionSubclass():
+        return stored.detach().as_subclass(Weight)
+
+
+def parameter(stored: torch.Tensor) -> torch.nn.Parameter:
+    """The same, as a module's parameter."""
+    made: Any = wrap(stored)
+    made._is_param = True  # torch's own mark of a parameter that is a tensor subclass
+    return made  # type: ignore[no-any-return]
+
+
+def stored(weight: torch.Tensor) -> torch.Tensor:
+    """The 16-bit tensor behind a weight, sharing its storage; any other tensor as it is."""
+    if not isinstance(weight, Weight):
+        return weight
+    with torch._C.DisableTorchFunctionSubclass():
+        return weight.as_subclass(torch.Tensor)
+
+
+def _upcast(value: Any) -> Any:
+    if isinstance(value, Weight):
+        return stored(value).float()
+    if isinstance(value, (list, tuple)) and any(isinstance(v, Weight) for v in value):
+        return type(value)(map(_upcast, value))
+    return value
+
+
+def _as_stored(func: Any, *args: Any, **kwargs: Any) -> Any:
+    """Metadata and settings: of the tensor as it lies in memory."""
+    with torch._C.DisableTorchFunctionSubclass():
+        return func(*args, **kwargs)
+
+
+def _view(func: Any, weight: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+    if not isinstance(weight, Weight):
+        return func(weight, *map(_upcast, args), **kwargs)
+    found = func(stored(weight), *args, **kwargs)
+    return type(found)(map(wrap, found)) if isinstance(found, (list, tuple)) else wrap(found)
+
+
+def _linear(func: Any, input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    if isinstance(input, Weight) or not isinstance(weight, Weight) or input.dtype != torch.float32:
+        return F.linear(_upcast(input), _upcast(weight), _upcast(bias))
+    return product.linear(input, stored(weight), _upcast(bias))
+
+
+def _matmul(func: Any, input: Any, mat2: Any, **kwargs: Any) -> Any:
+    """x W: a product if W lies transposed, as (out, in), in memory."""
+    if isinstance(mat2, Weight) and not isinstance(input, Weight) and mat2.dim() == 2 and not kwargs:
+        return _linear(F.linear, input, mat2.T)
+    return func(_upcast(input), _upcast(mat2), **kwargs)
+
+
+def _addmm(func: Any, input: Any, mat1: Any, mat2: Any, **kwargs: Any) -> Any:
+    """b + x W, as GPT-2's Conv1D has it."""
+    if isinstance(mat2, Weight) and not isinstance(mat1, Weight) and input.dim() == 1 and not kwargs:
+        return _linear(F.linear, mat1, mat2.T, input)
+    return func(_upcast(input), _upcast(mat1), _upcast(mat2), **kwargs)
+
+
+def _embedding(func: Any, input: torch.Tensor, weight: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    rows: torch.Tensor = F.embedding(input, stored(weight), *args, **kwargs)
+    return rows.float()
+
+
+def _to(func: Any, weight: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+    """To another device it stays a weight; to a dtype it becomes a plain tensor of that dtype."""
+    given = [a.dtype if isinstance(a, torch.Tensor) else a for a in (*args, *kwargs.values())]
+    moved = func(stored(weight), *map(_upcast, args), **kwargs)
+    return moved if any(isinstance(g, torch.dtype) for g in given) else wrap(moved)
+
+
+def _deepcopy(func: Any, weight: torch.Tensor, memo: dict[int, Any]) -> Any:
+    if id(weight) not in memo:
+        copy = wrap(stored(weight).clone())
+        if getattr(weight, "_is_param", False):
+            copy._is_param = True
+        memo[id(weight)] = copy
+    return memo[id(weight)]
+
+
+def _requires_grad_(func: Any, weight: torch.Tensor, requires_grad: bool = True) -> torch.Tensor:
+    if requires_grad:
+        raise TypeError("a LayerCast weight cannot be trained: load the model in FP32 or BF16 for that")
+    return weight
+
+
+def _stored_only(func: Any, weight: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+    """Serialisation and printing: of the 16-bit tensor, so that a saved model is the checkpoint it came from."""
+    return func(stored(weight), *args, **kwargs)
+
+
+_tensor: Any = torch.Tensor
+_RULED: list[tuple[Rule, list[Any]]] = [
+    (lambda func, weight: torch.float32, [_tensor.dtype.__get__]),
+    (_linear, [F.linear]),
+    (_matmul, [torch.matmul, torch.mm, _tensor.matmul, _tensor.mm, _tensor.__matmul__]),
+    (_addmm, [torch.addmm, _tensor.addmm]),
+    (_embedding, [F.embedding, torch.embedding]),
+    (_to, [_tensor.to, _tensor.cuda, _tensor.cpu]),
+    (_deepcopy, [_tensor.__deepcopy__]),
+    (_requires_grad_, [_tensor.requires_grad_]),
+    (_stored_only, [_tensor.__reduce_ex__, _tensor.__repr__, _tensor.__format__]),
+    (
+        _view,
+        [
+            _tensor.T.__get__, _tensor.mT.__get__, _tensor.data.__get__, _tensor.__getitem__, _tensor.detach, _tensor.t,
+            _tensor.transpose, _tensor.permute, _tensor.view, _tensor.reshape, _tensor.contiguous, _tensor.clone,
+            _tensor.chunk, _tensor.split, _tensor.unbind, _tensor.narrow, _tensor.select, _tensor.squeeze,
+            _tensor.unsqueeze, _tensor.pin_memory, torch.transpose, torch.t, torch.chunk, torch.split, torch.unbind,
+            torch.narrow, torch.clone, torch.detach,
+        ],
+    ),
+    (
+        _as_stored,
+        [
+            _tensor.size, _tensor.dim, _tensor.numel, _tensor.nelement, _tensor.element_size, _tensor.stride,
+            _tensor.storage_offset, _tensor.data_ptr, _tensor.untyped_storage, _tensor.is_contiguous, _tensor.__len__,
+            _tensor.__hash__, _tensor.is_floating_point, _tensor.is_complex, _tensor.get_device, torch.numel,
+            torch.is_floating_point, torch.is_complex,
+        ],
+    ),
+]  # fmt: skip
+RULES: dict[Any, Rule] = {func: rule for rule, functions in _RULED for func in functions}
+"""What a function does when a weight is among its arguments."""
