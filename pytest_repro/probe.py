@@ -11,7 +11,7 @@ import math
 import os
 import platform
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -67,32 +67,25 @@ class Observation:
 
 
 def observe(model: Any) -> Observation:
-    """Send crafted operands through one linear layer of every kind that the model has, on its own device.
+    """The worst precision that the model's own arithmetic shows, on its own device.
 
-    Products: an input with a single nonzero element v makes each output one product w * v, whatever the layer's width;
-    v has all 24 bits of a float32 significand, so that any narrower format on the way shows. Sums: random rows against
-    float64.
+    Two ways, since each sees what the other cannot. Crafted operands go through one linear layer of every kind that the
+    model has: whatever a layer does to its input inside shows. Then a few tokens go through the whole model, and every
+    product that torch computes for it (attention's, routers', experts') is held against float64.
     """
     import torch
 
-    worst: Observation | None = None
     with torch.inference_mode():
-        for name, layer in _linear_layers(model):
-            products, sums, answered = _precision(layer)
-            found = Observation(
-                _class_of(products, sums, answered),
-                products,
-                sums,
-                f"{name} answers in {str(answered).removeprefix('torch.')}",
-            )
-            if worst is None or (found.product_bits, found.sum_bits) < (worst.product_bits, worst.sum_bits):
-                worst = found
-    if worst is None:
+        seen = [_crafted(name, layer) for name, layer in _linear_layers(model)]
+        watched, cache = _watched(model)
+    if not seen:
         return Observation("unknown", 0.0, 0.0, "the model has no linear layer to probe")
-    cache = kv_cache_dtype(model)
+    worst = min(seen, key=lambda o: (o.product_bits, o.sum_bits))
+    if worst.fp32_class and watched is not None and not watched.fp32_class:
+        return replace(watched, product_bits=worst.product_bits)
     if worst.fp32_class and cache in ("bfloat16", "float16"):
         narrow = "bf16" if cache == "bfloat16" else "fp16"
-        return Observation(narrow, worst.product_bits, worst.sum_bits, f"the KV cache holds {cache}")
+        return replace(worst, compute_class=narrow, detail=f"the KV cache holds {cache}")
     return worst
 
 
@@ -104,18 +97,39 @@ def _linear_layers(model: Any) -> list[tuple[str, Any]]:
     last: dict[tuple[Any, ...], tuple[str, Any]] = {}
     for name, module in model.named_modules():
         weight = getattr(module, "weight", None)
-        if isinstance(module, torch.nn.Linear) and weight is not None:
+        if weight is not None and (isinstance(module, torch.nn.Linear) or _is_conv1d(module)):
             kind = (type(module), tuple(weight.shape), weight.dtype)
             first.setdefault(kind, (name, module))
             last[kind] = (name, module)
     return list({name: (name, module) for name, module in (*first.values(), *last.values())}.values())
 
 
+def _is_conv1d(module: Any) -> bool:
+    """GPT-2's linear layer of transformers, whose weight is (in, out)."""
+    return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
+
+
+def _crafted(name: str, layer: Any) -> Observation:
+    products, sums, answered = _precision(layer)
+    return Observation(
+        _class_of(products, sums, answered), products, sums, f"{name} answers in {str(answered).removeprefix('torch.')}"
+    )
+
+
+MOST_OUTPUTS = 256
+"""Outputs of a layer that are held against float64: spread over all of them, since an lm_head has hundreds of thousands."""
+
+
 def _precision(layer: Any) -> tuple[float, float, torch.dtype]:
-    """(product bits, sum bits, dtype of the answer) of one linear layer."""
+    """(product bits, sum bits, dtype of the answer) of one linear layer.
+
+    Products: an input with a single nonzero element v makes each output one product w * v, whatever the layer's width;
+    v has all 24 bits of a float32 significand, so that any narrower format on the way shows. Sums: random rows against
+    float64.
+    """
     import torch
 
-    weight = layer.weight
+    weight = layer.weight.T if _is_conv1d(layer) else layer.weight
     generator = torch.Generator().manual_seed(20250609)
     rows, width = 16, weight.shape[1]
     columns = torch.randint(width, (rows,), generator=generator)
@@ -124,14 +138,15 @@ def _precision(layer: Any) -> tuple[float, float, torch.dtype]:
     single[torch.arange(rows), columns] = values
     dense = torch.randn(8, width, generator=generator)
 
-    exact_weight = weight.detach().to("cpu", torch.float64)
+    outputs = _spread(weight.shape[0], MOST_OUTPUTS)
+    exact_weight = weight.detach()[outputs.to(weight.device)].to("cpu", torch.float64)
     # A bias would be added before the answer is rounded, and hide the product's own bits: it is zero for the probe.
     without = {} if layer.bias is None else {"bias": torch.zeros_like(layer.bias)}
 
     def answer(x: Any) -> tuple[Any, torch.dtype]:
         moved = x.to(weight.device, weight.dtype if weight.dtype.is_floating_point else torch.float32)
         y = torch.func.functional_call(layer, without, (moved,))
-        return y.to("cpu", torch.float64), y.dtype
+        return y[:, outputs.to(y.device)].to("cpu", torch.float64), y.dtype
 
     product = total = 0.0
     wanted = exact_weight[:, columns].T * values.double()[:, None]
@@ -145,6 +160,103 @@ def _precision(layer: Any) -> tuple[float, float, torch.dtype]:
         seen, _ = answer(dense[some])
         total = max(total, _worst((seen - dense[some].double() @ exact_weight.T).abs() / scale[some]))
     return _bits(product), _bits(total), dtype
+
+
+def _spread(count: int, most: int) -> torch.Tensor:
+    import torch
+
+    return torch.arange(count) if count <= most else torch.linspace(0, count - 1, most).long().unique()
+
+
+def _watched(model: Any) -> tuple[Observation | None, str]:
+    """(the worst product of a real forward pass, dtype of the keys it leaves in the cache).
+
+    None if torch computed no product that can be watched.
+    """
+    import torch
+    from torch.overrides import TorchFunctionMode
+
+    found: list[Observation] = []
+    linear = torch.nn.functional.linear  # of a large one, some outputs are looked at
+
+    class Watch(TorchFunctionMode):
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            out = func(*args, **(kwargs or {}))
+            if len(args) > 1 and (func is linear or (func in _watchable() and args[1].numel() <= MOST_WATCHED)):
+                found.append(_against_float64(func, args, kwargs or {}, out))
+            return out
+
+    with Watch():
+        out = _a_few_tokens(model)
+    return min(found, key=lambda o: (o.fp32_class, o.sum_bits), default=None), _keys_dtype(out)
+
+
+def _a_few_tokens(model: Any) -> Any:
+    """The model's output for some tokens, with a cache."""
+    import torch
+
+    vocabulary = model.config.get_text_config().vocab_size
+    ids = torch.arange(WATCHED_TOKENS, device=model.device)[None] % vocabulary
+    with torch.inference_mode():
+        return model(input_ids=ids, use_cache=True)
+
+
+def _keys_dtype(out: Any) -> str:
+    layers = getattr(getattr(out, "past_key_values", None), "layers", None) or []
+    keys = next((k for k in (getattr(layer, "keys", None) for layer in layers) if k is not None), None)
+    return "none" if keys is None else str(keys.dtype).removeprefix("torch.")
+
+
+WATCHED_TOKENS = 8
+WATCHED_BITS = 18.0
+"""A watched product is FP32-class above this, relative to sum |a||b|: FP32 shows over 20, TF32 under 17 up to K = 4096."""
+ATTENTION_BITS = 13.0
+"""Fused attention is FP32-class above this, relative to its largest value: FP32 shows 16 to 20, TF32 under 12."""
+MOST_WATCHED = 2**24
+"""Elements of an operand that is still held against float64."""
+
+
+def _watchable() -> tuple[Any, ...]:
+    import torch
+
+    tensor: Any = torch.Tensor
+    return (
+        torch.matmul, tensor.matmul, tensor.__matmul__, torch.mm, tensor.mm, torch.bmm,
+        tensor.bmm, torch.nn.functional.scaled_dot_product_attention,
+    )  # fmt: skip
+
+
+def _against_float64(func: Any, args: Any, kwargs: Any, out: Any) -> Observation:
+    """How near one call's answer is to the same call in float64."""
+    import torch
+
+    def wide(value: Any) -> Any:
+        floats = isinstance(value, torch.Tensor) and value.dtype.is_floating_point
+        return value.to("cpu", torch.float64) if floats else value.cpu() if isinstance(value, torch.Tensor) else value
+
+    def size(value: Any) -> Any:
+        return value.abs() if isinstance(value, torch.Tensor) and value.dtype.is_floating_point else value
+
+    attention = func is torch.nn.functional.scaled_dot_product_attention
+    if func is torch.nn.functional.linear and args[1].shape[0] > MOST_OUTPUTS:
+        some = _spread(args[1].shape[0], MOST_OUTPUTS)
+        bias = args[2] if len(args) > 2 else kwargs.get("bias")
+        args = (args[0], args[1][some.to(args[1].device)], None if bias is None else bias[some.to(bias.device)])
+        out, kwargs = out[..., some.to(out.device)], {}
+    exact_args, exact_kwargs = [wide(a) for a in args], {k: wide(v) for k, v in kwargs.items() if k != "out"}
+    exact = func(*exact_args, **exact_kwargs)
+    if attention:
+        scale: Any = exact_args[2].abs().max()
+    else:
+        scale = func(*map(size, exact_args), **{k: size(v) for k, v in exact_kwargs.items()})
+    errors = (wide(out) - exact).abs() / scale.clamp(min=1e-300)
+    bits = _bits(_worst(errors[errors.isfinite()]) if errors.numel() else 0.0)
+    good = bits >= (ATTENTION_BITS if attention else WATCHED_BITS)
+    narrow = {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(out.dtype, "tf32" if bits >= 10.5 else "bf16")
+    name = getattr(func, "__name__", str(func))
+    shapes = " and ".join(str(tuple(a.shape)) for a in args[:2] if isinstance(a, torch.Tensor))
+    detail = f"{name} of {shapes} answers in {str(out.dtype).removeprefix('torch.')} with {bits:.1f} correct bits"
+    return Observation("fp32" if good else narrow, bits, bits, detail)
 
 
 def _worst(errors: Any) -> float:
@@ -168,14 +280,8 @@ def _class_of(product_bits: float, sum_bits: float, answered: torch.dtype) -> st
 
 
 def kv_cache_dtype(model: Any) -> str:
-    """Dtype of the keys that one token leaves in the cache: observed by running one."""
-    import torch
-
-    with torch.inference_mode():
-        out = model(input_ids=torch.zeros((1, 1), dtype=torch.long, device=model.device), use_cache=True)
-    layers = getattr(getattr(out, "past_key_values", None), "layers", None) or []
-    keys = next((k for k in (getattr(layer, "keys", None) for layer in layers) if k is not None), None)
-    return "none" if keys is None else str(keys.dtype).removeprefix("torch.")
+    """Dtype of the keys that tokens leave in the cache: observed by running some."""
+    return _keys_dtype(_a_few_tokens(model))
 
 
 def torch_facts(device: torch.device) -> Fingerprint:
