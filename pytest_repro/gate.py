@@ -17,6 +17,7 @@ from typing import Literal, Protocol
 import numpy as np
 
 from . import candidate, judging, models, noise, numerics, probe, store
+from .arbiter import arbitrate
 from .comparison import Comparison, compare_decode, compare_replay
 from .engines.base import Engine, Opener, Spec, needs_model, opener
 from .errors import ConfigError, EngineError, GoldenError, GoldenMissing, ReproError
@@ -63,6 +64,8 @@ class Options:
     """How to check: what the command line and a test's keywords decide beyond the suite itself."""
 
     method: Method = "auto"
+    arbiter: Literal["auto", "off"] = "auto"
+    """Whether drift in a 16-bit run is held against the FP32 answer of the same weights."""
     allow_changed: frozenset[str] = frozenset()
     """Parts of the identity (model, tokenizer, generation) that may differ."""
     allow_code: bool = False
@@ -93,6 +96,8 @@ def check(suite: Suite, mode: str, options: Options, show: Progress | None = Non
             result = judging.against(result, golden, suite, options.allow_changed)
             gathered = gather(engine, suite, golden, result, options, show)
             result = judging.judge_all(result, suite, golden, gathered, engine.decode, options.allow_code)
+            if options.arbiter == "auto":
+                result = _arbitrate(engine, suite, golden, gathered, result, show)
     except ReproError as exc:
         result = judging.broken(result, exc)
         if isinstance(exc, GoldenMissing) and options.pending_folder:
@@ -246,11 +251,12 @@ def gather(
     wanted = [i for i, p in enumerate(suite.prompts) if p.id in comparable and p.id not in found]
     method = "decode" if engine.text_only and options.method == "auto" else options.method
     replayed: Comparison | None = None
+    scores: dict[str, Scores] = {}
     if method != "decode" and wanted:
-        replayed, failed = _replay(engine, golden, [requests[i] for i in wanted], show)
+        replayed, failed, scores = _replay(engine, golden, [requests[i] for i in wanted], show)
         found |= failed
     if method == "replay" or not wanted:
-        return Gathered(replayed, None, None, found)
+        return Gathered(replayed, None, None, found, scores)
 
     places = set(wanted)
     if replayed is not None:
@@ -259,25 +265,43 @@ def gather(
         batches = [b for b in suite.batches() if b == sample or any(suite.prompts[i].id in doubted for i in b)]
         places = {i for b in batches for i in b} & places
         if not places:
-            return Gathered(replayed, None, None, found)
+            return Gathered(replayed, None, None, found, scores)
     now, failed = _decode_and_pack(engine, suite, requests, places, found, show)
     found |= failed
     decoded = compare_decode(golden.generation, now)
     if replayed is None and not engine.text_only and decoded.differs.any():
         # What parted is scored as well: only a replay sees the text beyond the first divergence.
         parted = {name for name, differs in zip(decoded.ids, decoded.differs, strict=True) if differs}
-        replayed, failed = _replay(engine, golden, [r for r in requests if r.id in parted], show)
+        replayed, failed, scores = _replay(engine, golden, [r for r in requests if r.id in parted], show)
         found |= failed
-    return Gathered(replayed, decoded, now, found)
+    return Gathered(replayed, decoded, now, found, scores)
+
+
+def _arbitrate(
+    engine: Engine, suite: Suite, golden: Golden, gathered: Gathered, result: SuiteResult, show: Progress
+) -> SuiteResult:
+    """Drifting prompts of a 16-bit run under FP32-class compute, on the model already loaded."""
+    drifting = {p.id for p in result.prompts if p.verdict == Verdict.DRIFT and p.id in gathered.scores}
+    if not drifting or (result.observed or {}).get("compute_class") == "fp32":
+        return result
+    requests = [r for r in _watching(_requests(engine, suite), golden) if r.id in drifting]
+    tick = show.phase("arbiter", sum(len(r.reference) for r in requests if r.reference is not None))
+    try:
+        scores = engine.replay_fp32(requests, tick)
+    except EngineError as exc:
+        return replace(result, notes=(*result.notes, f"arbiter: could not be asked: {exc.what}"))
+    fp32 = {s.id: s for s in scores or ()}
+    return judging.arbitrated(result, arbitrate(golden.generation, gathered.scores, fp32))
 
 
 def _replay(
     engine: Engine, golden: Golden, requests: Sequence[Request], show: Progress
-) -> tuple[Comparison, dict[str, Judgement]]:
+) -> tuple[Comparison, dict[str, Judgement], dict[str, Scores]]:
     tick = show.phase("replay", sum(len(r.reference) for r in requests if r.reference is not None))
     scores: list[Scores] = engine.replay(requests, tick)
     failed = {s.id: Judgement(Verdict.ERROR, s.error) for s in scores if s.error}
-    return compare_replay(golden.generation, [s for s in scores if not s.error]), failed
+    good = {s.id: s for s in scores if not s.error}
+    return compare_replay(golden.generation, list(good.values())), failed, good
 
 
 def _decode_and_pack(

@@ -5,16 +5,18 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 
 import numpy as np
 
 from . import accuracy, checks, fingerprint, noise
+from .arbiter import Arbitration
 from .comparison import Comparison, Row, finite
 from .errors import EngineError, GoldenError, GoldenMissing, ReproError
 from .fingerprint import IDENTITY
-from .generation import Generation, Request, digest, token_digest
+from .generation import Generation, Request, Scores, digest, token_digest
 from .golden import Golden
 from .result import Check, PromptResult, SuiteResult, Texts
 from .suite import Suite
@@ -34,6 +36,8 @@ class Gathered:
     """What was decoded."""
     unanswered: Mapping[str, Judgement] = field(default_factory=dict)
     """Prompt id -> the verdict on a prompt that has no answer to compare."""
+    scores: Mapping[str, Scores] = field(default_factory=dict)
+    """Prompt id -> what was replayed."""
 
 
 def blank(
@@ -190,6 +194,22 @@ def judge_all(
         for p in result.prompts
     )
     return checks.summed_up(replace(result, prompts=prompts), golden, view.lengths)
+
+
+def arbitrated(result: SuiteResult, found: Mapping[str, Arbitration]) -> SuiteResult:
+    """The result with what the arbiter found beside each drifting prompt. It explains verdicts, and changes none."""
+    if not found:
+        return result
+    prompts = tuple(replace(p, arbiter=asdict(found[p.id])) if p.id in found else p for p in result.prompts)
+    counts = Counter(str(a.finding) for a in found.values())
+    said = {
+        "rounding": "{} as near to the FP32 answer as the golden",
+        "candidate": "{} farther from it than the golden (this build's compute)",
+        "golden": "{} nearer to it than the golden (the model itself)",
+    }
+    told = ", ".join(said[name].format(counts[name]) for name in said if counts[name])
+    note = f"arbiter: {len(found)} drifting prompts replayed under LayerCast: {told}"
+    return replace(result, prompts=prompts, notes=(*result.notes, note))
 
 
 class _View:

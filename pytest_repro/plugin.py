@@ -41,7 +41,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--repro-numerics",
         metavar="MODE",
         action="append",
-        help="native, bf16, fp16 or fp32, in the suite's place; repeatable",
+        help="native, bf16, fp16, fp32 or layercast, in the suite's place; repeatable",
     )
     add("--repro-batch-size", metavar="N", type=int, help="batch size, in the suite's place")
     add("--repro-engine", metavar="NAME", help="engine in the suite's place: transformers, or module:function")
@@ -53,6 +53,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     add("--repro-method", choices=("auto", "replay", "decode"), default="auto",
         help="replay: golden tokens through one forward pass; decode: generate again; auto (default): replay all, "
         "decode what it doubts and a sample")  # fmt: skip
+    add("--repro-arbiter", choices=("auto", "off"), default="auto",
+        help="auto (default): hold drift in a 16-bit run against LayerCast on the same weights, and say which side moved")  # fmt: skip
     add("--repro-threshold", metavar="NAME=VALUE", action="append", default=[],
         help="as in [thresholds], e.g. max_divergent=0 (a count) or max_divergent=0.5 (a share); repeatable")  # fmt: skip
     add("--repro-allow-changed", metavar="PART", action="append", default=[], choices=("model", "tokenizer", "generation"),

@@ -40,6 +40,8 @@ class PromptResult:
     """The prompt's benign mean |Δlogp|."""
     golden_text: Texts | None = None
     now_text: Texts | None = None
+    arbiter: Mapping[str, Any] | None = None
+    """What the FP32 answer says of a drift: an `arbiter.Arbitration` as a mapping; None where it was not asked."""
     score_golden: bool | None = None
     score_now: bool | None = None
 

@@ -101,6 +101,7 @@ class Session:
         option = self.config.option
         return Options(
             method=option.repro_method,
+            arbiter=option.repro_arbiter,
             allow_changed=frozenset(option.repro_allow_changed),
             allow_code=self.allow_code(),
             trusted_engine=self.trusts_engine(),

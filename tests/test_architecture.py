@@ -14,7 +14,7 @@ DRAWING = (ROOT / "docs" / "architecture.md").read_text("utf-8")
 
 LAYERS = [
     {"suite", "generation", "fingerprint", "schemas", "errors", "text"},
-    {"judging", "checks", "candidate", "comparison", "noise", "accuracy", "verdict", "result", "golden"},
+    {"judging", "checks", "arbiter", "candidate", "comparison", "noise", "accuracy", "verdict", "result", "golden"},
     {"store", "probe", "models", "engines", "numerics"},
     {"report"},
     {"gate", "review"},

@@ -73,6 +73,9 @@ class Engine(Protocol):
     def replay(self, requests: Sequence[Request], tick: Tick = no_tick) -> list[Scores]:
         """Each request's `reference` tokens through one forward pass, in the requests' order; the engine may batch."""
 
+    def replay_fp32(self, requests: Sequence[Request], tick: Tick = no_tick) -> list[Scores] | None:
+        """`replay` on the same weights with FP32-class compute, seen by the probe; None if the engine cannot."""
+
     def benign(self) -> Iterator[tuple[str, Callable[[Sequence[Request], Tick], list[Scores]]]]:
         """Ways to replay that change numerics and nothing else: (name, replay), each restored when it returns."""
 
@@ -97,7 +100,7 @@ REGISTRY: dict[str, Entry] = {
     "transformers": Entry(
         "transformers", needs_model=True, extra="transformers", options=("device", "attention", "round_weights")
     ),
-    "scripted": Entry("scripted", needs_model=False, extra="", options=("script", "observed", "jitter")),
+    "scripted": Entry("scripted", needs_model=False, extra="", options=("script", "fp32", "observed", "jitter")),
 }
 
 

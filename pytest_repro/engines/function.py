@@ -134,6 +134,10 @@ class FunctionEngine:
         """A callable cannot score given tokens."""
         raise EngineError(f"the engine {self.name} cannot replay", fix="--repro-method decode")
 
+    def replay_fp32(self, requests: Sequence[Request], tick: Tick = no_tick) -> list[Scores] | None:
+        """A black box has no other numerics."""
+        return None
+
     def benign(self) -> Iterator[tuple[str, Callable[[Sequence[Request], Tick], list[Scores]]]]:
         """None: it has no numerics to vary."""
         return iter(())

@@ -5,6 +5,7 @@ The script is a JSON Lines file in the suite's folder, `[engine] script = "scrip
     {"id": "p01", "tokens": [5, 6, 7], "logprob": [-0.1, -0.2, -0.1], "gap": [2.0, 0.1, 3.0], "runner_up": [8, 9, 8]}
 
 Optional: `text` (default: the token ids), `finish_reason` (default `stop`), `error` (the prompt fails with it).
+`[engine] fp32` names another script of the same form: the answers of the same weights under FP32, for the arbiter.
 `[engine] jitter` is the benign noise it shows when a golden is recorded, `observed` the compute class it observes.
 Nothing of the script is executed.
 """
@@ -35,13 +36,17 @@ def open_engine(spec: Spec) -> Iterator[Engine]:
         raise ConfigError(
             "the scripted engine needs a script", where=spec.folder, fix='[engine]\nscript = "script.jsonl"'
         )
-    path = inside(spec.folder, name, where=f"{spec.folder} [engine.script]")
+    rows = _read(inside(spec.folder, name, where=f"{spec.folder} [engine.script]"))
+    fp32 = spec.options.get("fp32")
+    if fp32 is not None and not isinstance(fp32, str):
+        raise ConfigError(f"{fp32!r} is not a file's name", where=f"{spec.folder} [engine.fp32]")
     claimed = spec.mode.compute_class or "bf16"
     jitter = spec.options.get("jitter", 0.0)
     if not isinstance(jitter, int | float):
         raise ConfigError(f"{jitter!r} is not a number", where=f"{spec.folder} [engine.jitter]")
     yield ScriptedEngine(
-        _read(path),
+        rows,
+        fp32=_read(inside(spec.folder, fp32, where=f"{spec.folder} [engine.fp32]")) if fp32 else None,
         max_new_tokens=spec.max_new_tokens,
         observed=str(spec.options.get("observed", claimed)),
         jitter=float(jitter),
@@ -73,9 +78,16 @@ class ScriptedEngine:
     text_only = False
 
     def __init__(
-        self, rows: dict[str, dict[str, Any]], *, max_new_tokens: int = 96, observed: str = "bf16", jitter: float = 0.0
+        self,
+        rows: dict[str, dict[str, Any]],
+        *,
+        fp32: dict[str, dict[str, Any]] | None = None,
+        max_new_tokens: int = 96,
+        observed: str = "bf16",
+        jitter: float = 0.0,
     ) -> None:
         self.rows = rows
+        self.fp32 = fp32
         self.max_new_tokens = max_new_tokens
         self.observed = observed
         self.jitter = jitter
@@ -129,6 +141,10 @@ class ScriptedEngine:
     def replay(self, requests: Sequence[Request], tick: Tick = no_tick) -> list[Scores]:
         """As if the scripted logits were the model's: a token of the script that is not the golden's wins by its gap."""
         return [self._scores(request, tick, 0.0) for request in requests]
+
+    def replay_fp32(self, requests: Sequence[Request], tick: Tick = no_tick) -> list[Scores] | None:
+        """From the script of `[engine] fp32`; None without one."""
+        return None if self.fp32 is None else ScriptedEngine(self.fp32).replay(requests, tick)
 
     def _scores(self, request: Request, tick: Tick, jitter: float) -> Scores:
         assert request.reference is not None, "replay needs the golden's tokens"

@@ -213,6 +213,17 @@ class TransformersEngine:
         """All requests, batched by length."""
         return self._replay(requests, tick, REPLAY_POSITIONS)
 
+    def replay_fp32(self, requests: Sequence[Request], tick: Tick = no_tick) -> list[Scores] | None:
+        """Under LayerCast, on the model as it lies in memory; it is as before when this returns."""
+        with (
+            _explained("replaying under LayerCast", self._memory_hint),
+            layercast.casting(self.model, self.spec.say),
+        ):
+            seen = probe.observe(self.model)
+            if not seen.fp32_class:
+                raise EngineError(f"LayerCast is on, but the probe found {seen.compute_class}: {seen.detail}")
+            return self.replay(requests, tick)
+
     def _check_vocabulary(self, requests: Sequence[Request]) -> None:
         """On CUDA an id beyond the vocabulary would be a device-side assertion, which no later call survives."""
         size = self.model.config.get_text_config().vocab_size

@@ -114,6 +114,8 @@ def _prompt(p: Mapping[str, Any]) -> Iterator[Line]:
     style = _STYLE.get(p["verdict"], "")
     if p["divergence_index"] is None:
         yield f"{p['verdict']:<13} {p['id']}  {p['reason']}", style
+        if p["arbiter"]:
+            yield f"{'':<13} {_arbiter(p['arbiter'])}", ""
         return
     gap = "" if p["golden_gap"] is None else f", golden's gap {_number(p['golden_gap'])}"
     deficit = "unknown" if p["deficit"] is None else _number(p["deficit"])
@@ -124,12 +126,25 @@ def _prompt(p: Mapping[str, Any]) -> Iterator[Line]:
     )
     if p["verdict"] == "drift":
         yield f"{'':<13} {p['reason']}", ""
+        if p["arbiter"]:
+            yield f"{'':<13} {_arbiter(p['arbiter'])}", ""
     for name, texts in (("golden", p["golden_text"]), ("now", p["now_text"])):
         if texts:
             yield (
                 f"{'':<13} {name:<7} … {inert(texts['before'], 48)}|{texts['token']}|{texts['after']}",
                 "",
             )
+
+
+def _arbiter(found: Mapping[str, Any]) -> str:
+    """What the FP32 answer says of a drift."""
+    golden, now = found["golden_distance"], found["candidate_distance"]
+    sizes = f"golden {_number(golden)}, now {_number(now)} nats from the FP32 answer (LayerCast, same weights)"
+    if found["finding"] == "rounding":
+        return f"arbiter: {sizes}: equally near, as rounding leaves them"
+    if found["finding"] == "candidate":
+        return f"arbiter: {sizes}: now lies farther, so this build's compute changed"
+    return f"arbiter: {sizes}: the golden lies farther, so the model itself changed"
 
 
 def _environment(suite: Mapping[str, Any], verbose: bool) -> Iterator[Line]:
