@@ -101,7 +101,11 @@ def start(cell: Cell, args: argparse.Namespace) -> None:
     command = [sys.executable, __file__, str(args.path), "--cell", ",".join(map(str, cell))]
     command += ["--questions", str(args.questions), "--tokens", str(args.tokens)]
     command += ["--work", str(args.work), "--model", args.model]
-    subprocess.run(command, env={**os.environ, **ISA[isa], "OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE"}, check=True)
+    subprocess.run(
+        command,
+        env={**os.environ, **ISA[isa], "OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE"},
+        check=True,
+    )
 
 
 def run_all(args: argparse.Namespace) -> None:

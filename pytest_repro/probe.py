@@ -177,7 +177,7 @@ def _watched(model: Any) -> tuple[Observation | None, str]:
     from torch.overrides import TorchFunctionMode
 
     found: list[Observation] = []
-    linear = torch.nn.functional.linear  # of a large one, some outputs are looked at
+    linear = torch._C._nn.linear  # of a large one, some outputs are looked at
 
     class Watch(TorchFunctionMode):
         def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -217,12 +217,13 @@ MOST_WATCHED = 2**24
 
 
 def _watchable() -> tuple[Any, ...]:
+    """The functions themselves, not the names that a wrapper may have been put in the place of."""
     import torch
 
     tensor: Any = torch.Tensor
     return (
         torch.matmul, tensor.matmul, tensor.__matmul__, torch.mm, tensor.mm, torch.bmm,
-        tensor.bmm, torch.nn.functional.scaled_dot_product_attention,
+        tensor.bmm, torch._C._nn.scaled_dot_product_attention,
     )  # fmt: skip
 
 
@@ -237,8 +238,8 @@ def _against_float64(func: Any, args: Any, kwargs: Any, out: Any) -> Observation
     def size(value: Any) -> Any:
         return value.abs() if isinstance(value, torch.Tensor) and value.dtype.is_floating_point else value
 
-    attention = func is torch.nn.functional.scaled_dot_product_attention
-    if func is torch.nn.functional.linear and args[1].shape[0] > MOST_OUTPUTS:
+    attention = func is torch._C._nn.scaled_dot_product_attention
+    if func is torch._C._nn.linear and args[1].shape[0] > MOST_OUTPUTS:
         some = _spread(args[1].shape[0], MOST_OUTPUTS)
         bias = args[2] if len(args) > 2 else kwargs.get("bias")
         args = (args[0], args[1][some.to(args[1].device)], None if bias is None else bias[some.to(bias.device)])

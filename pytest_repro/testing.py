@@ -117,6 +117,16 @@ class EngineContract:
         assert np.isfinite(measured.max_deficit)
         _same_bits(outputs, engine.generate(watching))
 
+    def test_fp32_replay_is_another_view_of_the_same_answer(self, engine: Engine) -> None:
+        """Where the engine can, it scores the same tokens in FP32, and is afterwards what it was."""
+        watching, outputs = self.recorded(engine)
+        scores = engine.replay_fp32(watching)
+        if scores is None:
+            return
+        assert [s.id for s in scores] == [r.id for r in watching]
+        assert all(len(s.logprob) == len(o.tokens) for s, o in zip(scores, outputs, strict=True))
+        _same_bits(outputs, engine.generate(watching))
+
     def test_facts_are_flat_and_name_the_engine(self, engine: Engine) -> None:
         """Scalars only, with the identity that goldens are held against."""
         facts = engine.facts()

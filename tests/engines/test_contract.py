@@ -31,6 +31,11 @@ def fp32_engine(tiny_model: Path) -> Iterator[Engine]:
 
 
 @pytest.fixture(scope="module")
+def layercast_engine(tiny_model: Path) -> Iterator[Engine]:
+    yield from loaded(tiny_model, "layercast")
+
+
+@pytest.fixture(scope="module")
 def bf16_engine(tiny_model: Path) -> Iterator[Engine]:
     yield from loaded(tiny_model, "bf16")
 
@@ -48,6 +53,14 @@ class TestTransformersFP32(EngineContract):
         return fp32_engine
 
 
+class TestTransformersLayerCast(EngineContract):
+    tolerance = 1e-4
+
+    @pytest.fixture
+    def engine(self, layercast_engine: Engine) -> Engine:
+        return layercast_engine
+
+
 class TestTransformersBF16(EngineContract):
     tolerance = 1.0  # a random model in 16 bits: the contract here is shape and restoration, not closeness
 
@@ -62,7 +75,8 @@ class TestScripted(EngineContract):
     @pytest.fixture
     def engine(self) -> Engine:
         row = {"tokens": [3, 1, 2], "logprob": [-0.5, -0.25, -1.0], "gap": [1.0, 0.5, 2.0], "runner_up": [9, 9, 9]}
-        return ScriptedEngine({p.id: {"id": p.id, **row} for p in PROMPTS}, jitter=0.125)
+        rows = {p.id: {"id": p.id, **row} for p in PROMPTS}
+        return ScriptedEngine(rows, fp32=rows, jitter=0.125)
 
 
 class TestFunction(EngineContract):
