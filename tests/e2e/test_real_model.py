@@ -61,10 +61,20 @@ class Run:
 @pytest.fixture(scope="module")
 def scaled(model: models.ModelFiles, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of the model with one layer's output off by two per cent: a small real bug."""
-    folder = shutil.copytree(model.path, tmp_path_factory.mktemp("scaled") / "model")
+    return times(0.98, model, tmp_path_factory.mktemp("scaled") / "model")
+
+
+@pytest.fixture(scope="module")
+def halved(model: models.ModelFiles, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy whose bug is large enough to be seen in 16 bits."""
+    return times(0.5, model, tmp_path_factory.mktemp("halved") / "model")
+
+
+def times(factor: float, model: models.ModelFiles, folder: Path) -> Path:
+    shutil.copytree(model.path, folder)
     tensors = load_file(folder / "model.safetensors")
     name = "model.layers.15.mlp.down_proj.weight"
-    tensors[name] = (tensors[name].float() * 0.98).to(tensors[name].dtype)
+    tensors[name] = (tensors[name].float() * factor).to(tensors[name].dtype)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     return folder
 
@@ -102,6 +112,28 @@ def test_fp32_holds_where_numerics_change(
     assert run.verdicts <= {"identical", "waived"}
     assert run.suite["observed_compute"] == "fp32"
     assert run.suspects != []
+
+
+def test_layercast_passes_against_the_fp32_golden(model: models.ModelFiles, tmp_path: Path) -> None:
+    run = Run(tmp_path, "--repro-check", "golden/word-problems", "--repro-numerics", "layercast", *FEW)
+    assert run.rc == 0, run.output
+    assert run.verdicts <= {"identical", "waived"}
+    assert run.suite["observed_compute"] == "fp32"
+    assert run.suite["golden"]["name"] == "fp32"
+    assert run.suspects[:2] == ["numerics", "quantization"]
+    assert run.suite["metrics"]["mean_abs_dlogp"] < 10 * run.suite["metrics"]["benign_abs_dlogp"]
+
+
+def test_the_arbiter_tells_other_weights_from_rounding(model: models.ModelFiles, halved: Path, tmp_path: Path) -> None:
+    run = Run(
+        tmp_path, "--repro-check", "golden/word-problems", "--repro-numerics", "bf16", "--repro-model", str(halved),
+        "--repro-allow-changed", "model", "--repro-method", "replay", *FEW,
+    )  # fmt: skip
+    assert run.rc == 1
+    drifting = [p for p in run.suite["prompts"] if p["verdict"] == "drift"]
+    assert drifting
+    assert {p["arbiter"]["finding"] for p in drifting} == {"golden"}
+    assert "the golden lies farther, so the model itself changed" in run.output
 
 
 def test_a_small_real_bug_is_another_model_and_if_allowed_drift(scaled: Path, tmp_path: Path) -> None:
