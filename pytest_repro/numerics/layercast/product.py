@@ -6,6 +6,7 @@ the weight, upcast one after the other into a small buffer that is used again. N
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -85,6 +86,7 @@ def _product(device: torch.device) -> Product:
     return tiled
 
 
+@functools.cache
 def _gpu() -> Any | None:
     try:
         from . import gpu
