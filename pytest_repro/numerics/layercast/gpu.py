@@ -26,14 +26,16 @@ def _few(
     w_ptr: Any,
     b_ptr: Any,
     y_ptr: Any,
+    m: Any,
     n: Any,
     k: Any,
     BIAS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ) -> Any:
-    row = tl.program_id(0).to(tl.int64)  # rows go fastest, so that the programs of one strip of weights run together
-    columns = (tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
+    # One axis, since CUDA's others end at 65,535. Rows go fastest: the programs of one strip of weights run together.
+    row = (tl.program_id(0) % m).to(tl.int64)
+    columns = (tl.program_id(0) // m * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
     lanes = tl.arange(0, BLOCK_K)
     sums = tl.zeros((BLOCK_N, BLOCK_K), dtype=tl.float32)
     for start in range(0, k, BLOCK_K):
@@ -87,10 +89,11 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> 
     if y.numel() == 0:
         return y
     b = y if bias is None else bias.contiguous()  # a pointer that is never read without BIAS
-    if m <= FEW:
-        _few[(m, triton.cdiv(n, 4))](x, weight, b, y, n, k, BIAS=bias is not None, BLOCK_N=4, BLOCK_K=512)
-    else:
-        height = 16 if m <= 16 else 64
-        grid = (triton.cdiv(m, height), triton.cdiv(n, 64))
-        _many[grid](x, weight, b, y, m, n, k, BIAS=bias is not None, BLOCK_M=height, BLOCK_N=64, BLOCK_K=32)
+    with torch.cuda.device_of(x):  # Triton launches on the current device
+        if m <= FEW:
+            _few[(m * triton.cdiv(n, 4),)](x, weight, b, y, m, n, k, BIAS=bias is not None, BLOCK_N=4, BLOCK_K=512)
+        else:
+            height = 16 if m <= 16 else 64
+            grid = (triton.cdiv(m, height), triton.cdiv(n, 64))
+            _many[grid](x, weight, b, y, m, n, k, BIAS=bias is not None, BLOCK_M=height, BLOCK_N=64, BLOCK_K=32)
     return y

@@ -13,6 +13,7 @@ import hashlib
 import logging
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -46,7 +47,7 @@ class Library:
     """For the fingerprint and for people: the instruction set, or what is missing."""
 
 
-def library(say: Callable[[str], None] = log.info) -> Library:
+def library(say: Callable[[str], None] = log.warning) -> Library:
     """The product for the instruction set that torch's own kernels use now; compiled at first use.
 
     Args:
@@ -73,18 +74,15 @@ def _library(capability: str, cxx: str, say: Callable[[str], None]) -> Library:
     flags = _flags(capability)
     if flags is None:
         return Library(None, f"no fused multiply-add at {capability}")
-    compiler = next(filter(None, map(shutil.which, [cxx] if cxx else ["g++", "c++", "clang++"])), None)
+    compiler = _compiler(cxx)
     if compiler is None:
-        missing = f"no C++ compiler ({cxx or 'g++, c++, clang++'})"
-        say(f"layercast: {missing}: its products run several times slower; install g++, or set CXX")
-        return Library(None, missing)
+        say(f"layercast: no C++ compiler ({cxx or 'g++, c++, clang++'}): {SLOWER}; install g++, or set CXX")
+        return Library(None, "no C++ compiler")
     try:
-        path = _compiled(compiler, flags, say)
-        function = ctypes.CDLL(str(path)).layercast_linear
-    except (OSError, subprocess.SubprocessError) as exc:
-        why = _last_line(exc)
-        say(f"layercast: {compiler} failed, so its products run several times slower: {why}")
-        return Library(None, f"not compiled: {why}")
+        function = ctypes.CDLL(str(_compiled(compiler, flags, say))).layercast_linear
+    except (OSError, AttributeError, subprocess.SubprocessError) as exc:
+        say(f"layercast: {shlex.join(compiler)} failed: {_last_line(exc)}: {SLOWER}")
+        return Library(None, "not compiled")  # what failed may hold paths: it is said, and not put into fingerprints
     pointer, size, small = ctypes.c_void_p, ctypes.c_long, ctypes.c_int
     function.argtypes = [pointer] * 4 + [size] * 3 + [small] * 2
     return Library(function, capability)
@@ -97,25 +95,38 @@ def _flags(capability: str) -> tuple[str, ...] | None:
     return None if platform.machine() in ("x86_64", "AMD64") else FLAGS
 
 
-def _compiled(compiler: str, flags: tuple[str, ...], say: Callable[[str], None]) -> Path:
+SLOWER = "its products run several times slower"
+
+
+def _compiler(cxx: str) -> list[str] | None:
+    """$CXX, which may hold options, or the first compiler that is installed; None without one."""
+    for candidate in [cxx] if cxx else ["g++", "c++", "clang++"]:
+        program, *options = shlex.split(candidate) or [""]
+        if found := shutil.which(program):
+            return [found, *options]
+    return None
+
+
+def _compiled(compiler: list[str], flags: tuple[str, ...], say: Callable[[str], None]) -> Path:
     """The library's file: of this source, these flags, this compiler and this kind of processor.
 
     Raises:
         OSError, subprocess.SubprocessError: it could not be compiled or kept.
     """
-    version = subprocess.run([compiler, "--version"], capture_output=True, check=True, timeout=60).stdout
-    parts = [SOURCE.read_bytes(), " ".join(flags).encode(), version, platform.machine().encode()]
-    key = hashlib.sha256(b"\0".join(parts)).hexdigest()[:20]
+    version = subprocess.run([*compiler, "--version"], capture_output=True, text=True, check=True, timeout=60).stdout
+    parts = [SOURCE.read_text("utf-8"), *compiler[1:], *flags, version, platform.machine()]
+    key = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:20]
     folder = cache_folder() / "native"
     path = folder / f"layercast-{key}.so"
     if path.exists():
         return path
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    say(f"layercast: compiling its product once with {compiler} (a few seconds)")
+    say(f"layercast: compiling its product once with {shlex.join(compiler)} (a few seconds)")
     with tempfile.TemporaryDirectory(dir=folder) as beside:
         made = Path(beside) / "product.so"
-        command = [compiler, *flags, str(SOURCE), "-o", str(made)]
+        command = [*compiler, *flags, str(SOURCE), "-o", str(made)]
         subprocess.run(command, capture_output=True, text=True, check=True, timeout=600)
+        _ = ctypes.CDLL(str(made)).layercast_linear  # what does not load is not kept
         made.replace(path)
     return path
 

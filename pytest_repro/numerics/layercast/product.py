@@ -7,6 +7,7 @@ the weight, upcast one after the other into a small buffer that is used again. N
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -43,8 +44,9 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
     if bias is not None and bias.dtype != torch.float32:
         bias = bias.float()
     if torch.is_grad_enabled() and x.requires_grad:
-        return F.linear(x, weight.float(), bias)
-    rows = x.reshape(-1, x.shape[-1]).contiguous()
+        with ieee():
+            return F.linear(x, weight.float(), bias)
+    rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1]).contiguous()
     return _product(x.device)(rows, weight, bias).view(*x.shape[:-1], weight.shape[0])
 
 
@@ -70,8 +72,9 @@ def _check(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> 
         raise ValueError(f"layercast: shapes {tuple(x.shape)} and {tuple(weight.shape)} do not fit")
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"layercast: bias {tuple(bias.shape)} does not fit the weight {tuple(weight.shape)}")
-    if x.device != weight.device:
-        raise ValueError(f"layercast: rows on {x.device}, weight on {weight.device}")
+    if x.device != weight.device or (bias is not None and bias.device != x.device):
+        places = f"rows on {x.device}, weight on {weight.device}, bias on {bias.device if bias is not None else 'none'}"
+        raise ValueError(f"layercast: {places}")
 
 
 Product = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]

@@ -101,7 +101,7 @@ class LayerCastQuantizer(HfQuantizer):  # type: ignore[misc]
         check_settings(model)
         settle_experts(model, lambda *_: None)
         for device in {p.device for p in model.parameters()}:
-            product.prepare(device, log.info)
+            product.prepare(device, log.warning)
         return model
 
     def is_serializable(self) -> bool:
