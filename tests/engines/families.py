@@ -6,7 +6,6 @@ import itertools
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -70,11 +69,6 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "llama4_text": _GROUPED | {"num_local_experts": 4, "intermediate_size_mlp": 96, "moe_layers": [1]},
 }
 """Model type, with a remark after a space -> settings of its configuration."""
-
-
-def bug(number: int, what: str, *values: Any, id: str) -> Any:
-    """A case that fails now, and is to pass when the bug is mended; the mark goes then."""
-    return pytest.param(*values, id=id, marks=pytest.mark.xfail(strict=True, reason=f"BUG {number}: {what}"))
 
 
 def create(name: str, **settings: Any) -> Any:

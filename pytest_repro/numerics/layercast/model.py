@@ -73,7 +73,7 @@ def check_settings(model: Any) -> None:
     method = packed.quantization_config.quant_method if packed is not None else "layercast"
     if method != "layercast":
         raise EngineError(f"layercast needs plain 16-bit weights, and this model's are packed by {method}")
-    attention = str(getattr(model.config, "_attn_implementation", ""))
+    attention = str(getattr(getattr(model, "config", None), "_attn_implementation", ""))
     if "flash" in attention:
         raise EngineError(
             f"attention {attention!r} computes in 16 bits only, so layercast cannot use it",
@@ -111,7 +111,7 @@ def _cast(module: Any, tensor: torch.Tensor, is_parameter: bool) -> torch.Tensor
     if tensor.dtype not in FLOATS:
         return None
     if tensor.dim() < 2:
-        return tensor if tensor.dtype == torch.float32 else torch.nn.Parameter(tensor.detach().float(), False)
+        return torch.nn.Parameter(tensor.detach().float(), False)
     short = narrowed(tensor.detach())
     return None if short is None else arranged(module, short)
 

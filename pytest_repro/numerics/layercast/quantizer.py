@@ -36,11 +36,14 @@ class LayerCastConfig(QuantizationConfigMixin):  # type: ignore[misc]
     """
 
     def __init__(
-        self, modules_to_not_convert: list[str] | None = None, round_weights: str | None = None, **_: Any
+        self,
+        modules_to_not_convert: list[str] | None = None,
+        round_weights: str | None = None,
+        quant_method: str = "layercast",
     ) -> None:
         if round_weights not in (None, "bfloat16", "float16"):
             raise ConfigError(f"round_weights is bfloat16 or float16, not {round_weights!r}")
-        self.quant_method = "layercast"
+        self.quant_method = quant_method
         self.modules_to_not_convert = modules_to_not_convert
         self.round_weights = round_weights
 
@@ -100,6 +103,7 @@ class LayerCastQuantizer(HfQuantizer):  # type: ignore[misc]
             raise error
         check_settings(model)
         settle_experts(model, lambda *_: None)
+        model.requires_grad_(False)
         for device in {p.device for p in model.parameters()}:
             product.prepare(device, log.warning)
         return model

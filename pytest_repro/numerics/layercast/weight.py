@@ -8,6 +8,7 @@ the class of the module: linear layers, GPT-2's Conv1D, routers and fused expert
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -33,9 +34,14 @@ class Weight(torch.Tensor):
         name = getattr(func, "__name__", "")
         if name in ("__get__", "__set__"):
             return _as_stored(func, *args, **(kwargs or {}))
-        if (name.endswith("_") and not name.endswith("__")) or name in ("__setitem__", "__iadd__", "__imul__"):
-            raise TypeError(f"a LayerCast weight is read-only: {name} would change it")
-        return func(*map(_upcast, args), **{key: _upcast(value) for key, value in (kwargs or {}).items()})
+        kwargs = dict(kwargs or {})
+        target = kwargs.get("out")
+        if _IN_PLACE.fullmatch(name):
+            target = args[0] if args else next(iter(kwargs.values()))
+        if _holds(target):
+            # Not a TypeError: torch's operators take that for `not implemented`, and `w += 1` would compute `w + 1`.
+            raise RuntimeError(f"a LayerCast weight is read-only: {name} would change it")
+        return func(*map(_upcast, args), **{key: _upcast(value) for key, value in kwargs.items()})
 
 
 def wrap(stored: torch.Tensor) -> Weight:
@@ -59,6 +65,14 @@ def stored(weight: torch.Tensor) -> torch.Tensor:
         return weight.as_subclass(torch.Tensor)
 
 
+_IN_PLACE = re.compile(r".*[^_]_|__setitem__|__i(add|sub|mul|truediv|div|floordiv|mod|pow|and|or|xor|lshift|rshift)__")
+"""Names of functions that change their first argument."""
+
+
+def _holds(value: Any) -> bool:
+    return isinstance(value, Weight) or (isinstance(value, (list, tuple)) and any(map(_holds, value)))
+
+
 def _upcast(value: Any) -> Any:
     if isinstance(value, Weight):
         return stored(value).float()
@@ -73,9 +87,12 @@ def _as_stored(func: Any, *args: Any, **kwargs: Any) -> Any:
         return func(*args, **kwargs)
 
 
-def _view(func: Any, weight: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+def _view(func: Any, *args: Any, **kwargs: Any) -> Any:
+    weight, *args = args if args else (kwargs.pop("input"),)  # type: ignore[assignment]
     if not isinstance(weight, Weight):
         return func(weight, *map(_upcast, args), **kwargs)
+    if any(isinstance(a, torch.dtype) for a in (*args, *kwargs.values())):
+        return func(_upcast(weight), *args, **kwargs)
     found = func(stored(weight), *args, **kwargs)
     return type(found)(map(wrap, found)) if isinstance(found, (list, tuple)) else wrap(found)
 
@@ -86,30 +103,71 @@ def _linear(func: Any, input: torch.Tensor, weight: torch.Tensor, bias: torch.Te
     return product.linear(input, stored(weight), _upcast(bias))
 
 
-def _matmul(func: Any, input: Any, mat2: Any, **kwargs: Any) -> Any:
+def _matmul(func: Any, *args: Any, **kwargs: Any) -> Any:
     """x W: a product if W lies transposed, as (out, in), in memory."""
-    if isinstance(mat2, Weight) and not isinstance(input, Weight) and mat2.dim() == 2 and not kwargs:
-        return _linear(F.linear, input, mat2.T)
-    return func(_upcast(input), _upcast(mat2), **kwargs)
+    match args:
+        case [x, Weight() as weight] if not kwargs and not isinstance(x, Weight) and weight.dim() == 2:
+            return _linear(F.linear, x, weight.T)
+    return func(*map(_upcast, args), **{key: _upcast(value) for key, value in kwargs.items()})
 
 
-def _addmm(func: Any, input: Any, mat1: Any, mat2: Any, **kwargs: Any) -> Any:
+def _addmm(func: Any, *args: Any, **kwargs: Any) -> Any:
     """b + x W, as GPT-2's Conv1D has it."""
-    if isinstance(mat2, Weight) and not isinstance(mat1, Weight) and input.dim() == 1 and not kwargs:
-        return _linear(F.linear, mat1, mat2.T, input)
-    return func(_upcast(input), _upcast(mat1), _upcast(mat2), **kwargs)
+    match args:
+        case [bias, x, Weight() as weight] if (
+            not kwargs and not isinstance(x, Weight) and bias.shape == weight.shape[1:]
+        ):
+            return _linear(F.linear, x, weight.T, bias)
+    return func(*map(_upcast, args), **{key: _upcast(value) for key, value in kwargs.items()})
 
 
-def _embedding(func: Any, input: torch.Tensor, weight: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-    rows: torch.Tensor = F.embedding(input, stored(weight), *args, **kwargs)
+def _embedding(
+    func: Any, input: torch.Tensor, weight: torch.Tensor, padding_idx: Any = None, max_norm: Any = None, *args: Any,
+    **kwargs: Any,
+) -> torch.Tensor:  # fmt: skip
+    if max_norm is not None:  # it would renormalise the stored rows
+        return F.embedding(input, _upcast(weight), padding_idx, max_norm, *args, **kwargs)
+    return F.embedding(input, stored(weight), padding_idx, None, *args, **kwargs).float()
+
+
+def _rows(func: Any, weight: torch.Tensor, indices: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    rows: torch.Tensor = func(stored(weight), indices, *args, **kwargs)
     return rows.float()
 
 
 def _to(func: Any, weight: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-    """To another device it stays a weight; to a dtype it becomes a plain tensor of that dtype."""
-    given = [a.dtype if isinstance(a, torch.Tensor) else a for a in (*args, *kwargs.values())]
-    moved = func(stored(weight), *map(_upcast, args), **kwargs)
-    return moved if any(isinstance(g, torch.dtype) for g in given) else wrap(moved)
+    """To another device, or to the float32 that it is, it stays a weight; to another dtype it becomes a plain tensor."""
+    kwargs = {key: _upcast(value) for key, value in kwargs.items()}
+    args = tuple(map(_upcast, args))
+    if not isinstance(weight, Weight):
+        return func(weight, *args, **kwargs)
+    dtypes = [getattr(a, "dtype", a) for a in (*args, *kwargs.values())]
+    if any(isinstance(d, torch.dtype) and d != torch.float32 for d in dtypes):
+        return func(stored(weight), *args, **kwargs)
+    short = stored(weight).dtype
+
+    def as_stored(value: Any) -> Any:
+        if isinstance(value, torch.Tensor):
+            return torch.empty(0, dtype=short, device=value.device)
+        return short if value is torch.float32 else value
+
+    return wrap(func(stored(weight), *map(as_stored, args), **{key: as_stored(value) for key, value in kwargs.items()}))
+
+
+def _set_data(func: Any, weight: torch.Tensor, value: torch.Tensor) -> None:
+    """What `Module.to` does with the tensor that it moved."""
+    if isinstance(weight, Weight) and not isinstance(value, Weight):
+        raise TypeError("a LayerCast weight stays in 16 bits: load the model in another dtype instead")
+    _as_stored(func, weight, stored(value))
+
+
+def _set_requires_grad(func: Any, weight: torch.Tensor, value: bool) -> None:
+    _requires_grad_(func, weight, value)
+
+
+def _data_ptr(func: Any, weight: torch.Tensor) -> int:
+    """Who goes by dtype and address, as safetensors and Triton do, would read 4 bytes of each 2-byte number."""
+    raise TypeError("a LayerCast weight says float32 and is stored in 16 bits: take the address of stored(weight)")
 
 
 def _deepcopy(func: Any, weight: torch.Tensor, memo: dict[int, Any]) -> Any:
@@ -127,8 +185,15 @@ def _requires_grad_(func: Any, weight: torch.Tensor, requires_grad: bool = True)
     return weight
 
 
+def _reduce(func: Any, weight: torch.Tensor, protocol: Any) -> Any:
+    """A parameter comes back as one; what a state dictionary holds, as the 16-bit tensor of the checkpoint."""
+    if getattr(weight, "_is_param", False):
+        return parameter, (stored(weight),)
+    return func(stored(weight), protocol)
+
+
 def _stored_only(func: Any, weight: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-    """Serialisation and printing: of the 16-bit tensor, so that a saved model is the checkpoint it came from."""
+    """Printing: of the 16-bit tensor."""
     return func(stored(weight), *args, **kwargs)
 
 
@@ -138,15 +203,22 @@ _RULED: list[tuple[Rule, list[Any]]] = [
     (_linear, [F.linear]),
     (_matmul, [torch.matmul, torch.mm, _tensor.matmul, _tensor.mm, _tensor.__matmul__]),
     (_addmm, [torch.addmm, _tensor.addmm]),
-    (_embedding, [F.embedding, torch.embedding]),
+    (_embedding, [F.embedding]),
+    (_rows, [torch.embedding]),
+    (lambda func, weight, *_, **__: weight, [_tensor.float]),
+    (_set_data, [_tensor.data.__set__]),
+    (_set_requires_grad, [_tensor.requires_grad.__set__]),
+    (_data_ptr, [_tensor.data_ptr]),
     (_to, [_tensor.to, _tensor.cuda, _tensor.cpu]),
     (_deepcopy, [_tensor.__deepcopy__]),
     (_requires_grad_, [_tensor.requires_grad_]),
-    (_stored_only, [_tensor.__reduce_ex__, _tensor.__repr__, _tensor.__format__]),
+    (_reduce, [_tensor.__reduce_ex__]),
+    (_stored_only, [_tensor.__repr__, _tensor.__format__]),
     (
         _view,
         [
-            _tensor.T.__get__, _tensor.mT.__get__, _tensor.data.__get__, _tensor.__getitem__, _tensor.detach, _tensor.t,
+            _tensor.T.__get__, _tensor.mT.__get__, _tensor.H.__get__, _tensor.mH.__get__,
+            torch.permute, torch.reshape, _tensor.data.__get__, _tensor.__getitem__, _tensor.detach, _tensor.t,
             _tensor.transpose, _tensor.permute, _tensor.view, _tensor.reshape, _tensor.contiguous, _tensor.clone,
             _tensor.chunk, _tensor.split, _tensor.unbind, _tensor.narrow, _tensor.select, _tensor.squeeze,
             _tensor.unsqueeze, _tensor.pin_memory, torch.transpose, torch.t, torch.chunk, torch.split, torch.unbind,
@@ -157,7 +229,8 @@ _RULED: list[tuple[Rule, list[Any]]] = [
         _as_stored,
         [
             _tensor.size, _tensor.dim, _tensor.numel, _tensor.nelement, _tensor.element_size, _tensor.stride,
-            _tensor.storage_offset, _tensor.data_ptr, _tensor.untyped_storage, _tensor.is_contiguous, _tensor.__len__,
+            _tensor.storage_offset, _tensor.untyped_storage, _tensor.share_memory_, _tensor.is_shared,
+            _tensor.is_pinned, _tensor.detach_, _tensor.is_contiguous, _tensor.__len__,
             _tensor.__hash__, _tensor.is_floating_point, _tensor.is_complex, _tensor.get_device, torch.numel,
             torch.is_floating_point, torch.is_complex,
         ],
