@@ -322,6 +322,16 @@ def test_a_claim_is_held_against_what_was_observed(asked: str, observed: str, st
     assert found.passed is (status != "fail")
 
 
+@pytest.mark.parametrize("policy", ["explained", "all", "none"])
+def test_every_report_says_what_the_waiver_was_and_did(policy: Any) -> None:
+    waived = [judged("a", Verdict.WAIVED)] if policy != "none" else [judged("a", Verdict.NEAR_TIE)]
+    for observed, said in ((FP32, f"fp32_waiver = {policy}: {int(policy != 'none')} waived"),
+                           (BF16, f"fp32_waiver = {policy} does not apply: FP32-class compute was not observed")):  # fmt: skip
+        result = suite_result(*waived, observed=observed, thresholds=Thresholds(fp32_waiver=policy))
+        (check,) = (c for c in checks.summed_up(result, GOLDEN, lambda _: (4, 4)).checks if c.name == "compute")
+        assert check.message.endswith(said)
+
+
 def scored(golden_right: int, lost: int, gained: int, n: int = 20) -> SuiteResult:
     rows = [(i < golden_right, lost <= i < golden_right + gained) for i in range(n)]
     return suite_result(*(judged(f"p{i:02}", score_golden=then, score_now=now) for i, (then, now) in enumerate(rows)))
