@@ -17,6 +17,8 @@ from numpy.typing import NDArray
 
 from .generation import Generation, Scores
 
+Floats = NDArray[np.float64]
+
 FARTHER = 1.5
 """One distance is farther when it is, on average, this many times the other..."""
 ALPHA = 0.01
@@ -32,6 +34,8 @@ class Finding(StrEnum):
     """The candidate lies farther: its 16-bit compute does more than round."""
     GOLDEN = "golden"
     """The golden lies farther: it was recorded from other weights, or another model around them."""
+    UNDECIDED = "undecided"
+    """One lies farther on average, but over too few tokens, or too unevenly, to tell."""
 
 
 @dataclass(frozen=True)
@@ -62,22 +66,25 @@ def arbitrate(
     for name, reference in fp32.items():
         if reference.error or name not in candidate or candidate[name].error:
             continue
-        then = golden.logprob[golden.span(place[name])]
-        found[name] = _one(then, candidate[name].logprob, reference.logprob)
+        columns = np.stack([golden.logprob[golden.span(place[name])], candidate[name].logprob, reference.logprob])
+        finite = columns[:, np.isfinite(columns).all(axis=0)].astype(np.float64)
+        if finite.shape[1]:
+            found[name] = _one(*finite)
     return found
 
 
-def _one(golden: NDArray[np.float32], candidate: NDArray[np.float32], fp32: NDArray[np.float32]) -> Arbitration:
+def _one(golden: Floats, candidate: Floats, fp32: Floats) -> Arbitration:
     from scipy.stats import wilcoxon  # a second to import: only where there is drift
 
-    exact = fp32.astype(np.float64)
-    theirs, ours = np.abs(golden - exact), np.abs(candidate - exact)
+    theirs, ours = np.abs(golden - fp32), np.abs(candidate - fp32)
     mean_golden, mean_candidate = float(theirs.mean()), float(ours.mean())
     differ = theirs != ours
     p_value = float(wilcoxon(ours[differ], theirs[differ]).pvalue) if differ.any() else 1.0
-    finding = Finding.ROUNDING
-    if p_value <= ALPHA and mean_candidate > FARTHER * mean_golden:
-        finding = Finding.CANDIDATE
-    elif p_value <= ALPHA and mean_golden > FARTHER * mean_candidate:
-        finding = Finding.GOLDEN
+    near, far = sorted((mean_golden, mean_candidate))
+    if far <= FARTHER * near:
+        finding = Finding.ROUNDING
+    elif p_value > ALPHA:
+        finding = Finding.UNDECIDED
+    else:
+        finding = Finding.CANDIDATE if far == mean_candidate else Finding.GOLDEN
     return Arbitration(finding, mean_golden, mean_candidate, p_value)

@@ -269,9 +269,9 @@ def gather(
     now, failed = _decode_and_pack(engine, suite, requests, places, found, show)
     found |= failed
     decoded = compare_decode(golden.generation, now)
-    if replayed is None and not engine.text_only and decoded.differs.any():
+    if replayed is None and not engine.text_only and judging.doubtful(decoded, golden):
         # What parted is scored as well: only a replay sees the text beyond the first divergence.
-        parted = {name for name, differs in zip(decoded.ids, decoded.differs, strict=True) if differs}
+        parted = judging.doubtful(decoded, golden)
         replayed, failed, scores = _replay(engine, golden, [r for r in requests if r.id in parted], show)
         found |= failed
     return Gathered(replayed, decoded, now, found, scores)
@@ -282,16 +282,17 @@ def _arbitrate(
 ) -> SuiteResult:
     """Drifting prompts of a 16-bit run under FP32-class compute, on the model already loaded."""
     drifting = {p.id for p in result.prompts if p.verdict == Verdict.DRIFT and p.id in gathered.scores}
-    if not drifting or (result.observed or {}).get("compute_class") == "fp32":
-        return result
+    observed = (result.observed or {}).get("compute_class")
+    if not drifting or observed in ("fp32", "exact", "unknown") or observed != golden.compute_class:
+        return result  # two roundings of one kind are compared: what a golden of another class would show is no news
     requests = [r for r in _watching(_requests(engine, suite), golden) if r.id in drifting]
     tick = show.phase("arbiter", sum(len(r.reference) for r in requests if r.reference is not None))
     try:
         scores = engine.replay_fp32(requests, tick)
-    except EngineError as exc:
-        return replace(result, notes=(*result.notes, f"arbiter: could not be asked: {exc.what}"))
-    fp32 = {s.id: s for s in scores or ()}
-    return judging.arbitrated(result, arbitrate(golden.generation, gathered.scores, fp32))
+        found = arbitrate(golden.generation, gathered.scores, {s.id: s for s in scores or ()})
+    except Exception as exc:  # it explains verdicts: its own failure must not become one
+        return replace(result, notes=(*result.notes, f"arbiter: could not be asked: {exc}"))
+    return judging.arbitrated(result, found)
 
 
 def _replay(

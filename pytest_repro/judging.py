@@ -206,6 +206,7 @@ def arbitrated(result: SuiteResult, found: Mapping[str, Arbitration]) -> SuiteRe
         "rounding": "{} as near to the FP32 answer as the golden",
         "candidate": "{} farther from it than the golden (this build's compute)",
         "golden": "{} nearer to it than the golden (the model itself)",
+        "undecided": "{} with too few tokens to tell",
     }
     told = ", ".join(said[name].format(counts[name]) for name in said if counts[name])
     note = f"arbiter: {len(found)} drifting prompts replayed under LayerCast: {told}"

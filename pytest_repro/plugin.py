@@ -236,8 +236,13 @@ class ReproItem(pytest.Item):
 
     def runtest(self) -> None:
         """Run the suite if no item did yet, then pass or fail by this item's part of the result."""
-        if self.config.stash[STATE].updating:
-            self.config.stash[STATE].record(self.parent.suite, self.parent.name)
+        state = self.config.stash[STATE]
+        if state.updating:
+            if earlier := state.recorded_already(self.parent.suite, self.parent.name):
+                pytest.skip(
+                    f"{earlier} has just recorded the golden that {self.parent.name} is checked against as well"
+                )
+            state.record(self.parent.suite, self.parent.name)
             return
         from .report import junit
 

@@ -10,7 +10,8 @@ import hashlib
 import math
 import os
 import platform
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from importlib import metadata
@@ -76,17 +77,20 @@ def observe(model: Any) -> Observation:
     import torch
 
     with torch.inference_mode():
-        seen = [_crafted(name, layer) for name, layer in _linear_layers(model)]
+        seen = [o for name, layer in _linear_layers(model) if (o := _crafted(name, layer)) is not None]
+        worst = min(seen, key=lambda o: (o.product_bits, o.sum_bits), default=None)
+        if worst is not None and not worst.fp32_class:
+            return worst
         watched, cache = _watched(model)
-    if not seen:
-        return Observation("unknown", 0.0, 0.0, "the model has no linear layer to probe")
-    worst = min(seen, key=lambda o: (o.product_bits, o.sum_bits))
-    if worst.fp32_class and watched is not None and not watched.fp32_class:
-        return replace(watched, product_bits=worst.product_bits)
-    if worst.fp32_class and cache in ("bfloat16", "float16"):
-        narrow = "bf16" if cache == "bfloat16" else "fp16"
-        return replace(worst, compute_class=narrow, detail=f"the KV cache holds {cache}")
-    return worst
+    if cache != "none" and DTYPE_BITS.get(cache, 0) < 24:
+        narrow = {"bfloat16": "bf16", "float16": "fp16"}.get(cache, "lower")
+        bits = float(DTYPE_BITS.get(cache, 0))
+        return Observation(narrow, bits, bits, f"the KV cache holds {cache}")
+    if watched is None:
+        return worst or Observation("unknown", 0.0, 0.0, "the model has no product to probe")
+    if worst is None:
+        return watched
+    return worst if watched.fp32_class else replace(watched, product_bits=min(worst.product_bits, watched.product_bits))
 
 
 def _linear_layers(model: Any) -> list[tuple[str, Any]]:
@@ -109,8 +113,11 @@ def _is_conv1d(module: Any) -> bool:
     return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
 
 
-def _crafted(name: str, layer: Any) -> Observation:
-    products, sums, answered = _precision(layer)
+def _crafted(name: str, layer: Any) -> Observation | None:
+    precision = _precision(layer)
+    if precision is None:
+        return None
+    products, sums, answered = precision
     return Observation(
         _class_of(products, sums, answered), products, sums, f"{name} answers in {str(answered).removeprefix('torch.')}"
     )
@@ -120,8 +127,8 @@ MOST_OUTPUTS = 256
 """Outputs of a layer that are held against float64: spread over all of them, since an lm_head has hundreds of thousands."""
 
 
-def _precision(layer: Any) -> tuple[float, float, torch.dtype]:
-    """(product bits, sum bits, dtype of the answer) of one linear layer.
+def _precision(layer: Any) -> tuple[float, float, torch.dtype] | None:
+    """(product bits, sum bits, dtype of the answer) of one linear layer; None for a router that answers otherwise.
 
     Products: an input with a single nonzero element v makes each output one product w * v, whatever the layer's width;
     v has all 24 bits of a float32 significand, so that any narrower format on the way shows. Sums: random rows against
@@ -143,11 +150,16 @@ def _precision(layer: Any) -> tuple[float, float, torch.dtype]:
     # A bias would be added before the answer is rounded, and hide the product's own bits: it is zero for the probe.
     without = {} if layer.bias is None else {"bias": torch.zeros_like(layer.bias)}
 
-    def answer(x: Any) -> tuple[Any, torch.dtype]:
+    def raw(x: Any) -> Any:
         moved = x.to(weight.device, weight.dtype if weight.dtype.is_floating_point else torch.float32)
-        y = torch.func.functional_call(layer, without, (moved,))
+        return torch.func.functional_call(layer, without, (moved,))
+
+    def answer(x: Any) -> tuple[Any, torch.dtype]:
+        y = raw(x)
         return y[:, outputs.to(y.device)].to("cpu", torch.float64), y.dtype
 
+    if not isinstance(raw(dense), torch.Tensor):
+        return None
     product = total = 0.0
     wanted = exact_weight[:, columns].T * values.double()[:, None]
     size = wanted.abs()
@@ -166,98 +178,6 @@ def _spread(count: int, most: int) -> torch.Tensor:
     import torch
 
     return torch.arange(count) if count <= most else torch.linspace(0, count - 1, most).long().unique()
-
-
-def _watched(model: Any) -> tuple[Observation | None, str]:
-    """(the worst product of a real forward pass, dtype of the keys it leaves in the cache).
-
-    None if torch computed no product that can be watched.
-    """
-    import torch
-    from torch.overrides import TorchFunctionMode
-
-    found: list[Observation] = []
-    linear = torch._C._nn.linear  # of a large one, some outputs are looked at
-
-    class Watch(TorchFunctionMode):
-        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            out = func(*args, **(kwargs or {}))
-            if len(args) > 1 and (func is linear or (func in _watchable() and args[1].numel() <= MOST_WATCHED)):
-                found.append(_against_float64(func, args, kwargs or {}, out))
-            return out
-
-    with Watch():
-        out = _a_few_tokens(model)
-    return min(found, key=lambda o: (o.fp32_class, o.sum_bits), default=None), _keys_dtype(out)
-
-
-def _a_few_tokens(model: Any) -> Any:
-    """The model's output for some tokens, with a cache."""
-    import torch
-
-    vocabulary = model.config.get_text_config().vocab_size
-    ids = torch.arange(WATCHED_TOKENS, device=model.device)[None] % vocabulary
-    with torch.inference_mode():
-        return model(input_ids=ids, use_cache=True)
-
-
-def _keys_dtype(out: Any) -> str:
-    layers = getattr(getattr(out, "past_key_values", None), "layers", None) or []
-    keys = next((k for k in (getattr(layer, "keys", None) for layer in layers) if k is not None), None)
-    return "none" if keys is None else str(keys.dtype).removeprefix("torch.")
-
-
-WATCHED_TOKENS = 8
-WATCHED_BITS = 18.0
-"""A watched product is FP32-class above this, relative to sum |a||b|: FP32 shows over 20, TF32 under 17 up to K = 4096."""
-ATTENTION_BITS = 13.0
-"""Fused attention is FP32-class above this, relative to its largest value: FP32 shows 16 to 20, TF32 under 12."""
-MOST_WATCHED = 2**24
-"""Elements of an operand that is still held against float64."""
-
-
-def _watchable() -> tuple[Any, ...]:
-    """The functions themselves, not the names that a wrapper may have been put in the place of."""
-    import torch
-
-    tensor: Any = torch.Tensor
-    return (
-        torch.matmul, tensor.matmul, tensor.__matmul__, torch.mm, tensor.mm, torch.bmm,
-        tensor.bmm, torch._C._nn.scaled_dot_product_attention,
-    )  # fmt: skip
-
-
-def _against_float64(func: Any, args: Any, kwargs: Any, out: Any) -> Observation:
-    """How near one call's answer is to the same call in float64."""
-    import torch
-
-    def wide(value: Any) -> Any:
-        floats = isinstance(value, torch.Tensor) and value.dtype.is_floating_point
-        return value.to("cpu", torch.float64) if floats else value.cpu() if isinstance(value, torch.Tensor) else value
-
-    def size(value: Any) -> Any:
-        return value.abs() if isinstance(value, torch.Tensor) and value.dtype.is_floating_point else value
-
-    attention = func is torch._C._nn.scaled_dot_product_attention
-    if func is torch._C._nn.linear and args[1].shape[0] > MOST_OUTPUTS:
-        some = _spread(args[1].shape[0], MOST_OUTPUTS)
-        bias = args[2] if len(args) > 2 else kwargs.get("bias")
-        args = (args[0], args[1][some.to(args[1].device)], None if bias is None else bias[some.to(bias.device)])
-        out, kwargs = out[..., some.to(out.device)], {}
-    exact_args, exact_kwargs = [wide(a) for a in args], {k: wide(v) for k, v in kwargs.items() if k != "out"}
-    exact = func(*exact_args, **exact_kwargs)
-    if attention:
-        scale: Any = exact_args[2].abs().max()
-    else:
-        scale = func(*map(size, exact_args), **{k: size(v) for k, v in exact_kwargs.items()})
-    errors = (wide(out) - exact).abs() / scale.clamp(min=1e-300)
-    bits = _bits(_worst(errors[errors.isfinite()]) if errors.numel() else 0.0)
-    good = bits >= (ATTENTION_BITS if attention else WATCHED_BITS)
-    narrow = {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(out.dtype, "tf32" if bits >= 10.5 else "bf16")
-    name = getattr(func, "__name__", str(func))
-    shapes = " and ".join(str(tuple(a.shape)) for a in args[:2] if isinstance(a, torch.Tensor))
-    detail = f"{name} of {shapes} answers in {str(out.dtype).removeprefix('torch.')} with {bits:.1f} correct bits"
-    return Observation("fp32" if good else narrow, bits, bits, detail)
 
 
 def _worst(errors: Any) -> float:
@@ -280,9 +200,195 @@ def _class_of(product_bits: float, sum_bits: float, answered: torch.dtype) -> st
     return "bf16" if product_bits >= 6.5 else "lower"
 
 
+WATCHED_TOKENS = 8
+WATCHED_BITS = 18.0
+"""A watched product is FP32-class above this, relative to sum |a||b|: FP32 shows over 20, TF32 under 17 up to K = 4096."""
+ATTENTION_BITS = 20.0
+"""Fused attention is FP32-class above this, relative to its largest value times the largest sum |q||k|: FP32 shows 24 and
+more, TF32 and fp16 14 to 17. Only a softmax so saturated that it chooses one token hides them."""
+MOST_WATCHED = 2**24
+"""Elements of an operand that is still held against float64."""
+DTYPE_BITS = {"float64": 53, "float32": 24, "float16": 11, "bfloat16": 8, "float8_e4m3fn": 4, "float8_e5m2": 3}
+"""Significant bits of a dtype."""
+
+
+def _watched(model: Any) -> tuple[Observation | None, str]:
+    """(the worst of a real forward pass, the narrowest dtype that it leaves in the cache).
+
+    Every product that torch computes is held against float64, and every tensor that comes out of any operation is seen if
+    it is narrower than FP32. None if torch computed nothing that can be watched.
+    """
+    from torch.overrides import TorchFunctionMode
+
+    found: list[Observation] = []
+    with _inside(model) as modules:
+
+        class Watch(TorchFunctionMode):
+            def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+                out = func(*args, **(kwargs or {}))
+                seen = _narrow(func, out) or _product(func, args, kwargs or {}, out)
+                if seen is not None:
+                    found.append(replace(seen, detail=f"{modules[-1]}: {seen.detail}"))
+                return out
+
+        with Watch():
+            out = _a_few_tokens(model)
+    # Where several things are narrow, the first is nearest to the cause.
+    first = next((o for o in found if not o.fp32_class), None)
+    return first or min(found, key=lambda o: o.sum_bits, default=None), _cache_dtype(out)
+
+
+@contextmanager
+def _inside(model: Any) -> Iterator[list[str]]:
+    """Names of the modules whose forward pass is under way, the innermost last."""
+    from torch.nn.modules import module as hooks
+
+    names = {id(module): name for name, module in model.named_modules()}
+    stack = ["the model"]
+    handles = [
+        hooks.register_module_forward_pre_hook(lambda module, *_: stack.append(names.get(id(module)) or "the model")),
+        hooks.register_module_forward_hook(lambda *_: stack.__delitem__(-1), always_call=True),
+    ]
+    try:
+        yield stack
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _a_few_tokens(model: Any) -> Any:
+    """The model's output for some tokens, with a cache."""
+    import torch
+
+    vocabulary = model.config.get_text_config().vocab_size
+    ids = torch.arange(WATCHED_TOKENS, device=model.device)[None] % vocabulary
+    with torch.inference_mode():
+        return model(input_ids=ids, use_cache=True)
+
+
 def kv_cache_dtype(model: Any) -> str:
-    """Dtype of the keys that tokens leave in the cache: observed by running some."""
-    return _keys_dtype(_a_few_tokens(model))
+    """The narrowest dtype of what tokens leave in the cache, `none` without one: observed by running some."""
+    return _cache_dtype(_a_few_tokens(model))
+
+
+def _cache_dtype(out: Any) -> str:
+    import torch
+
+    layers = getattr(getattr(out, "past_key_values", None), "layers", None) or []
+    held = [getattr(layer, name, None) for layer in layers for name in ("keys", "values")]
+    names = {str(t.dtype).removeprefix("torch.") for t in held if isinstance(t, torch.Tensor)}
+    return min(names, key=lambda name: DTYPE_BITS.get(name, 0), default="none")
+
+
+def _narrow(func: Any, out: Any) -> Observation | None:
+    """An operation whose answer is a floating-point tensor narrower than FP32: norms, activations, casts, anything."""
+    import torch
+
+    for tensor in out if isinstance(out, (tuple, list)) else (out,):
+        if isinstance(tensor, torch.Tensor) and tensor.dtype.is_floating_point and tensor.dtype.itemsize < 4:
+            name = str(tensor.dtype).removeprefix("torch.")
+            bits = float(DTYPE_BITS.get(name, 2))
+            kind = {"bfloat16": "bf16", "float16": "fp16"}.get(name, "lower")
+            return Observation(kind, bits, bits, f"{getattr(func, '__name__', func)} answers in {name}")
+    return None
+
+
+def _product(func: Any, args: Any, kwargs: Any, out: Any) -> Observation | None:
+    """How near one product is to the same product in float64; None for what is none, or too large to be looked at."""
+    import torch
+
+    if not isinstance(out, torch.Tensor) or not out.dtype.is_floating_point:
+        return None
+    if "grouped_mm" in getattr(func, "__name__", ""):
+        return _grouped(out, *args, **kwargs)
+    if func is torch._C._nn.linear:
+        args, kwargs, out = _sampled(out, *args, **kwargs)
+    elif func not in _watchable() or any(_size(v) > MOST_WATCHED for v in (*args, *kwargs.values())):
+        return None
+    exact_args, exact_kwargs = [_wide(a) for a in args], {k: _wide(v) for k, v in kwargs.items() if k != "out"}
+    exact = func(*exact_args, **exact_kwargs)
+    attention = func is torch._C._nn.scaled_dot_product_attention
+    if attention:
+        scale = _attention_scale(*exact_args, **exact_kwargs)
+    else:
+        scale = func(*map(_magnitude, exact_args), **{k: _magnitude(v) for k, v in exact_kwargs.items()})
+    shapes = " and ".join(str(tuple(a.shape)) for a in args if isinstance(a, torch.Tensor))
+    name = f"{getattr(func, '__name__', func)} of {shapes}"
+    return _seen(name, _wide(out), exact, scale, ATTENTION_BITS if attention else WATCHED_BITS)
+
+
+def _seen(name: str, out: Any, exact: Any, scale: Any, enough: float) -> Observation | None:
+    """The correct bits of an answer; None if nothing of it can be compared."""
+    errors = ((out - exact).abs() / scale.clamp(min=1e-30))[exact.isfinite()]
+    if not errors.numel():
+        return None
+    bits = _bits(_worst(errors))
+    narrow = "tf32" if bits >= 9.5 else "bf16" if bits >= 6.5 else "lower"
+    return Observation("fp32" if bits >= enough else narrow, bits, bits, f"{name} has {bits:.1f} correct bits")
+
+
+def _grouped(out: Any, x: Any, weight: Any, *, offs: Any, **_: Any) -> Observation | None:
+    """Experts' products in one call: rows [offs[i-1], offs[i]) of x times weight[i], (in, out)."""
+    some = _spread(weight.shape[-1], MOST_OUTPUTS).to(weight.device)
+    worst: list[Observation] = []
+    first = 0
+    for expert, last in enumerate(offs.tolist()):
+        if first < last:
+            rows, columns = _wide(x[first:last]), _wide(weight[expert][:, some])
+            seen = _seen(
+                "grouped_mm", _wide(out[first:last][:, some]), rows @ columns, rows.abs() @ columns.abs(), WATCHED_BITS
+            )
+            worst += [seen] if seen else []
+        first = last
+    return min(worst, key=lambda o: o.sum_bits, default=None)
+
+
+def _watchable() -> tuple[Any, ...]:
+    """The functions themselves, not the names that a wrapper may have been put in the place of."""
+    import torch
+
+    tensor: Any = torch.Tensor
+    return (
+        torch.matmul, tensor.matmul, tensor.__matmul__, torch.mm, tensor.mm, torch.bmm, tensor.bmm, torch.addmm,
+        tensor.addmm, torch.baddbmm, tensor.baddbmm, torch.einsum, torch._C._nn.scaled_dot_product_attention,
+    )  # fmt: skip
+
+
+def _sampled(out: Any, input: Any, weight: Any, bias: Any = None) -> tuple[Any, Any, Any]:
+    """(args, kwargs, answer) of a linear layer for some of its outputs."""
+    some = _spread(weight.shape[0], MOST_OUTPUTS) if weight.dim() == 2 else slice(None)
+    return (input, weight[some], None if bias is None else bias[some]), {}, out[..., some] if weight.dim() == 2 else out
+
+
+def _attention_scale(query: Any, key: Any, value: Any, *_: Any, scale: float | None = None, **__: Any) -> Any:
+    """What an error of attention is relative to: values, and logits whose rounding grows with the sum of |q||k|."""
+    heads = query.shape[-3] // key.shape[-3] if query.dim() > 2 else 1
+    logits = (
+        query.abs() @ key.abs().repeat_interleave(heads, -3).transpose(-1, -2)
+        if heads > 1
+        else (query.abs() @ key.abs().transpose(-1, -2))
+    )
+    return value.abs().max() * (1 + logits.max() * (query.shape[-1] ** -0.5 if scale is None else scale))
+
+
+def _size(value: Any) -> int:
+    import torch
+
+    return value.numel() if isinstance(value, torch.Tensor) else 0
+
+
+def _wide(value: Any) -> Any:
+    import torch
+
+    if not isinstance(value, torch.Tensor):
+        return value
+    return value.to("cpu", torch.float64) if value.dtype.is_floating_point else value.cpu()
+
+
+def _magnitude(value: Any) -> Any:
+    import torch
+
+    return value.abs() if isinstance(value, torch.Tensor) and value.dtype.is_floating_point else value
 
 
 def torch_facts(device: torch.device) -> Fingerprint:

@@ -40,8 +40,8 @@ class Session:
         self.updating: bool = config.option.repro_update
         self.suites: dict[str, dict[str, Any]] = {}
         """What was checked, by all that decides the result."""
-        self.recorded: set[str] = set()
-        """Goldens that this run recorded."""
+        self.recorded: dict[str, str] = {}
+        """Goldens that this run recorded, and in which mode."""
         self.recordings: list[dict[str, Any]] = []
 
     @property
@@ -129,9 +129,17 @@ class Session:
             gate.check(suite, mode, self.options(suite.folder, **more), _progress(self.config, suite, mode))
         )
 
+    def _golden_of(self, suite: Suite, mode: str) -> str:
+        return f"{suite.folder}::{self.config.option.repro_golden or numerics.mode(mode).compute_class or mode}"
+
+    def recorded_already(self, suite: Suite, mode: str) -> str | None:
+        """The other mode whose recording in this run is this mode's golden as well, as fp32's is layercast's."""
+        earlier = self.recorded.get(self._golden_of(suite, mode))
+        return earlier if earlier != mode and not self.config.option.repro_golden else None
+
     def record(self, suite: Suite, mode: str, **more: Any) -> dict[str, Any]:
         """Record one suite in one mode, and keep what was recorded."""
-        key = f"{suite.folder}::{self.config.option.repro_golden or mode}"
+        key = self._golden_of(suite, mode)
         if key in self.recorded:
             raise ConfigError(
                 "this golden was recorded already in this run: one of the two would be lost",
@@ -139,7 +147,7 @@ class Session:
                 fix="record one of them alone, or give the other settings a suite of their own",
             )
         done = gate.record(suite, mode, self.options(suite.folder, **more), _progress(self.config, suite, mode))
-        self.recorded.add(key)
+        self.recorded[key] = mode
         self.recordings.append(document.of_recording(done))
         return self.recordings[-1]
 

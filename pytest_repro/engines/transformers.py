@@ -150,6 +150,7 @@ class TransformersEngine:
             "prefix_caching": False,
             "engine.padding_side": "left",
             **({"engine.product": self.product} if self.product else {}),
+            **({"engine.round_weights": rounded} if (rounded := self.spec.options.get("round_weights")) else {}),
             **probe.torch_facts(self.device),
         }
 

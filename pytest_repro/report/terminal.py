@@ -144,6 +144,8 @@ def _arbiter(found: Mapping[str, Any]) -> str:
         return f"arbiter: {sizes}: equally near, as rounding leaves them"
     if found["finding"] == "candidate":
         return f"arbiter: {sizes}: now lies farther, so this build's compute changed"
+    if found["finding"] == "undecided":
+        return f"arbiter: {sizes}: too few tokens to tell"
     return f"arbiter: {sizes}: the golden lies farther, so the model itself changed"
 
 

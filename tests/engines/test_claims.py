@@ -133,7 +133,18 @@ def test_attention_in_16_bits_fails_the_claim(checked: suite.Suite) -> None:
     result = run(checked, "fp32", lambda _: narrow_attention())
     status, message = compute(result)
     assert status == "fail" and not result.passed
-    assert "scaled_dot_product_attention" in message
+    assert "model.layers.0.self_attn: bfloat16 answers in bfloat16" in message
+
+
+def test_a_norm_that_rounds_fails_the_claim(checked: suite.Suite) -> None:
+    """No product is touched at all."""
+
+    def tamper(model: Any) -> None:
+        model.model.layers[1].input_layernorm.register_forward_hook(lambda module, inputs, out: out.half().float())
+
+    status, message = compute(run(checked, "fp32", tamper))
+    assert status == "fail"
+    assert "the probe found fp16" in message and "layers.1" in message
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="TF32 is a mode of NVIDIA's tensor cores")

@@ -15,6 +15,7 @@ from pytest_repro import probe
 from pytest_repro.numerics import mode
 from pytest_repro.numerics.fp32 import ieee
 
+from .families import FAMILIES, create
 from .tiny import build
 
 
@@ -25,6 +26,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def loaded(folder: Path, dtype: torch.dtype) -> Any:
     return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+
+
+def bits(layer: torch.nn.Linear) -> float:
+    found = probe._precision(layer)
+    assert found is not None
+    return found[0]
 
 
 @contextmanager
@@ -111,10 +118,10 @@ def test_short_sums_are_caught(folder: Path) -> None:
 def test_bf16_products_of_onednn_are_caught_and_fp32_mode_undoes_them() -> None:
     wide = torch.nn.Linear(512, 512, bias=False)
     with torch.inference_mode(), onednn("bf16"):
-        assert probe._precision(wide)[0] < probe.FP32_PRODUCT_BITS
+        assert bits(wide) < probe.FP32_PRODUCT_BITS
         with mode("fp32").switches():
-            assert probe._precision(wide)[0] >= probe.FP32_PRODUCT_BITS
-        assert probe._precision(wide)[0] < probe.FP32_PRODUCT_BITS
+            assert bits(wide) >= probe.FP32_PRODUCT_BITS
+        assert bits(wide) < probe.FP32_PRODUCT_BITS
 
 
 def switches() -> list[str]:
@@ -201,3 +208,81 @@ def test_an_nvidia_board_is_read_through_nvml(monkeypatch: pytest.MonkeyPatch) -
     assert facts["gpu.ecc"] is True
     assert "gpu.mig" not in facts
     assert "secret" not in str(facts)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_an_honest_fp32_model_of_any_family_is_seen_as_one_and_its_bf16_twin_is_not(name: str) -> None:
+    """Routers that are nn.Linear by class, fused experts, linear attention, Conv1D: no false alarm, no false trust."""
+    model = create(name).eval()
+    seen = probe.observe(model)
+    assert seen.compute_class == "fp32", seen
+    watched, _ = probe._watched(model)
+    assert watched is not None and watched.sum_bits > 20
+    assert probe.observe(model.bfloat16()).compute_class == "bf16"
+
+
+@pytest.mark.parametrize("operation", ["einsum", "addmm", "baddbmm", "grouped_mm"])
+def test_products_outside_of_linear_layers_are_held_against_float64(operation: str) -> None:
+    """Operands that lost bits on the way in cannot be told; an answer that did can."""
+    torch.manual_seed(0)
+    a, b = torch.randn(4, 32), torch.randn(32, 8)
+    calls: dict[str, tuple[Any, tuple[Any, ...], dict[str, Any]]] = {
+        "einsum": (torch.einsum, ("ij,jk->ik", a, b), {}),
+        "addmm": (torch.addmm, (torch.randn(8), a, b), {}),
+        "baddbmm": (torch.baddbmm, (torch.zeros(1, 4, 8), a[None], b[None]), {"beta": 0.0, "alpha": 0.5}),
+        "grouped_mm": (
+            torch.nn.functional.grouped_mm,
+            (a, torch.stack([b, -b])),
+            {"offs": torch.tensor([1, 4], dtype=torch.int32)},
+        ),
+    }
+    func, args, kwargs = calls[operation]
+    out = func(*args, **kwargs)
+    right = probe._product(func, args, kwargs, out)
+    short = ((out.view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)
+    wrong = probe._product(func, args, kwargs, short)
+    assert right is not None and right.compute_class == "fp32"
+    assert wrong is not None and wrong.compute_class == "tf32"
+
+
+def test_large_attention_logits_are_no_false_alarm() -> None:
+    """Rounding of softmax grows with the logits: what it is held against grows as well."""
+    torch.manual_seed(0)
+    attention = torch.nn.functional.scaled_dot_product_attention
+    for size in (1.0, 4.0, 60.0):
+        q, k, v = (torch.randn(1, 4, 8, 128) * s for s in (size, size, 1.0))
+        seen = probe._product(attention, (q, k, v), {}, attention(q, k, v))
+        assert seen is not None and seen.compute_class == "fp32", (size, seen)
+        if size == 60.0:
+            continue  # the softmax chooses one token, in any precision
+        short = attention(q.bfloat16(), k.bfloat16(), v.bfloat16()).float()
+        seen = probe._product(attention, (q, k, v), {}, short)
+        assert seen is not None and seen.compute_class != "fp32", (size, seen)
+        cut = [((t.view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32) for t in (q, k, v)]
+        seen = probe._product(attention, (q, k, v), {}, attention(*cut))
+        assert seen is not None and seen.compute_class != "fp32", (size, seen)
+
+
+def test_nothing_is_made_of_answers_that_cannot_be_compared() -> None:
+    tiny = torch.full((2, 2), 1e-25)
+    assert probe._product(torch.mm, (tiny, tiny), {}, tiny @ tiny).compute_class == "fp32"  # type: ignore[union-attr]
+    whole = torch.ones(2, 2, dtype=torch.long)
+    assert probe._product(torch.mm, (whole, whole), {}, whole @ whole) is None
+    endless = torch.full((2, 2), torch.inf)
+    assert probe._product(torch.mm, (endless, endless), {}, endless @ endless) is None
+    broken = torch.eye(2)
+    broken[0, 0] = torch.nan
+    assert probe._product(torch.mm, (torch.eye(2), torch.eye(2)), {}, broken).compute_class == "lower"  # type: ignore[union-attr]
+
+
+def test_the_narrowest_part_of_the_cache_counts(folder: Path) -> None:
+    class Layer:
+        def __init__(self, keys: torch.dtype, values: torch.dtype) -> None:
+            self.keys, self.values = torch.ones(1, dtype=keys), torch.ones(1, dtype=values)
+
+    class Out:
+        class past_key_values:
+            layers = (Layer(torch.float32, torch.float32), Layer(torch.float32, torch.float8_e4m3fn))
+
+    assert probe._cache_dtype(Out) == "float8_e4m3fn"
+    assert probe._cache_dtype(object()) == "none"

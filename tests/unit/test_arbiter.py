@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -50,13 +51,22 @@ def test_a_golden_that_lies_farther_is_named() -> None:
 def test_one_wild_token_is_not_enough() -> None:
     candidate = rounded(2)
     candidate[7] += 10
-    assert found(rounded(1), candidate).finding is Finding.ROUNDING
+    assert found(rounded(1), candidate).finding is Finding.UNDECIDED
 
 
 def test_a_few_tokens_are_not_enough() -> None:
     recorded = generation(output("a", [1, 2], logprob=[-0.5, -0.5]))
     near, far = scores("a", [1, 2], logprob=[-0.5, -0.5]), scores("a", [1, 2], logprob=[-2.0, -2.0])
-    assert arbitrate(recorded, {"a": far}, {"a": near})["a"].finding is Finding.ROUNDING
+    assert arbitrate(recorded, {"a": far}, {"a": near})["a"].finding is Finding.UNDECIDED
+
+
+def test_numbers_that_are_none_are_left_out() -> None:
+    recorded = generation(output("a", [1, 2], logprob=[-0.5, -0.5]))
+    masked = scores("a", [1, 2], logprob=[-0.5, -math.inf])
+    seen = arbitrate(recorded, {"a": masked}, {"a": scores("a", [1, 2])})["a"]
+    assert (seen.candidate_distance, seen.golden_distance) == (0.0, 0.0)
+    nothing = scores("a", [1, 2], logprob=[math.nan, -math.inf])
+    assert arbitrate(recorded, {"a": nothing}, {"a": scores("a", [1, 2])}) == {}
 
 
 def test_two_runs_with_the_same_bits_differ_in_nothing() -> None:

@@ -20,7 +20,7 @@ FEW = 4
 """Most rows of the decode kernel."""
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit(do_not_specialize=["m"])  # type: ignore[untyped-decorator]  # one program for every batch size
 def _few(
     x_ptr: Any,
     w_ptr: Any,

@@ -17,6 +17,9 @@ from ..fp32 import ieee
 from . import product
 from .weight import Weight, parameter, stored
 
+Undo = Callable[..., Any]
+"""Called with a function and its arguments that take one change back."""
+
 FLOATS = (torch.float32, *product.SIXTEEN_BIT)
 
 
@@ -28,7 +31,7 @@ def narrowed(tensor: torch.Tensor, to: torch.dtype | None = None) -> torch.Tenso
         to: round to this dtype if no 16-bit dtype holds the numbers exactly.
 
     Returns:
-        None if rounding would be needed, and was not asked for.
+        None if rounding would be needed, and was not asked for or would overflow.
     """
     if tensor.dtype in product.SIXTEEN_BIT:
         return tensor
@@ -36,7 +39,9 @@ def narrowed(tensor: torch.Tensor, to: torch.dtype | None = None) -> torch.Tenso
         short = tensor.to(dtype)
         if torch.equal(short.to(tensor.dtype), tensor):
             return short
-    return None if to is None else tensor.to(to)
+    rounded = None if to is None else tensor.to(to)
+    # A number beyond float16's range would become infinity.
+    return rounded if rounded is not None and bool((rounded.isfinite() | ~tensor.isfinite()).all()) else None
 
 
 @contextmanager
@@ -50,8 +55,8 @@ def casting(model: Any, say: Callable[[str], None] = lambda _: None) -> Iterator
     """
     with ExitStack() as undo:
         undo.enter_context(ieee())
-        _cast_all(model, undo)
-        _settle(model, undo)
+        cast_all(model, undo.callback)
+        _settle(model, undo.callback)
         for device in {p.device for p in model.parameters()}:
             product.prepare(device, say)
         yield
@@ -73,17 +78,29 @@ def check_settings(model: Any) -> None:
     method = packed.quantization_config.quant_method if packed is not None else "layercast"
     if method != "layercast":
         raise EngineError(f"layercast needs plain 16-bit weights, and this model's are packed by {method}")
-    attention = str(getattr(getattr(model, "config", None), "_attn_implementation", ""))
-    if "flash" in attention:
-        raise EngineError(
-            f"attention {attention!r} computes in 16 bits only, so layercast cannot use it",
-            where="[engine.attention]",
-            fix='attention = "sdpa" or "eager"',
-        )
+    for module in model.modules():
+        attention = str(getattr(getattr(module, "config", None), "_attn_implementation", ""))
+        if "flash" in attention:
+            raise EngineError(
+                f"attention {attention!r} computes in 16 bits only, so layercast cannot use it",
+                where="[engine.attention]",
+                fix='attention = "sdpa" or "eager"',
+            )
 
 
-def _cast_all(model: Any, undo: ExitStack) -> None:
+def cast_all(model: Any, undo: Undo, kept: Callable[[str], bool] = lambda _: False) -> None:
+    """Every parameter and buffer in its place's form: matrices as `Weight`, the rest in FP32.
+
+    Args:
+        model: any module.
+        undo: told how to put each one back.
+        kept: of a parameter's name: whether it stays as it is.
+
+    Raises:
+        EngineError: names what cannot be cast.
+    """
     check_settings(model)
+    wide = {id(tensor) for name, tensor in _named(model) if kept(name)}  # of tied names one is enough
     replaced: dict[int, torch.Tensor] = {}  # tied parameters stay tied
     refused: list[str] = []
     for name, module in model.named_modules():
@@ -92,48 +109,54 @@ def _cast_all(model: Any, undo: ExitStack) -> None:
                 if tensor is None or isinstance(tensor, Weight):
                     continue
                 if id(tensor) not in replaced:
-                    made = _cast(module, tensor, isinstance(tensor, torch.nn.Parameter))
+                    made = _cast(module, tensor, id(tensor) in wide)
                     if made is None:
                         refused.append(f"{name}.{key} ({type(module).__name__}, {tensor.dtype}, {tuple(tensor.shape)})")
                         continue
                     replaced[id(tensor)] = made
                 if replaced[id(tensor)] is not tensor:
-                    undo.callback(holder.__setitem__, key, tensor)
+                    undo(holder.__setitem__, key, tensor)
                     holder[key] = replaced[id(tensor)]
     if refused:
-        raise refusal(refused, "its weights are not 16-bit floating-point numbers")
+        raise refusal(refused, "its weights are not 16-bit floating-point numbers in this machine's memory")
 
 
-def _cast(module: Any, tensor: torch.Tensor, is_parameter: bool) -> torch.Tensor | None:
-    """What takes a tensor's place; itself if nothing need be done; None if it cannot be cast."""
-    if not is_parameter:
+def _named(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
+    found: Iterator[tuple[str, torch.Tensor]] = model.named_parameters(remove_duplicate=False)
+    return found
+
+
+def _cast(module: Any, tensor: torch.Tensor, wide: bool) -> torch.Tensor | None:
+    """What takes a tensor's place; itself if nothing need be done; None if it cannot be cast.
+
+    Args:
+        module: whose it is.
+        tensor: a parameter or a buffer.
+        wide: whether a matrix is to be held in FP32.
+    """
+    if not isinstance(tensor, torch.nn.Parameter):
         return tensor.float() if tensor.dtype in product.SIXTEEN_BIT else tensor
-    if tensor.dtype not in FLOATS:
+    if type(tensor) is not torch.nn.Parameter or tensor.is_meta or tensor.dtype not in FLOATS:
         return None
-    if tensor.dim() < 2:
+    if tensor.dim() < 2 or wide:
         return torch.nn.Parameter(tensor.detach().float(), False)
     short = narrowed(tensor.detach())
-    return None if short is None else arranged(module, short)
+    if short is not None and type(module).__name__ == "Conv1D" and short.dim() == 2:
+        short = short.T.contiguous().T  # it holds (in, out), and the product wants (out, in)
+    return None if short is None else parameter(short)
 
 
-def arranged(module: Any, short: torch.Tensor) -> torch.nn.Parameter:
-    """A 16-bit matrix as a module's parameter, laid out for the product: Conv1D holds (in, out), and wants (out, in)."""
-    if type(module).__name__ == "Conv1D" and short.dim() == 2:
-        short = short.T.contiguous().T
-    return parameter(short)
-
-
-def _settle(model: Any, undo: ExitStack) -> None:
+def _settle(model: Any, undo: Undo) -> None:
     """Settings that would work against FP32: the dtype of caches, and experts that multiply in the weights' dtype."""
     for module in model.modules():
         config = getattr(module, "config", None)
         if config is not None and getattr(config, "dtype", None) in product.SIXTEEN_BIT:
-            undo.callback(setattr, config, "dtype", config.dtype)
+            undo(setattr, config, "dtype", config.dtype)
             config.dtype = torch.float32
-    settle_experts(model, undo.callback)
+    settle_experts(model, undo)
 
 
-def settle_experts(model: Any, undo: Callable[..., Any]) -> None:
+def settle_experts(model: Any, undo: Undo) -> None:
     """Fused experts one by one: grouped products would upcast every expert's weights to serve a few."""
     for module in model.modules():
         config = getattr(module, "config", None)

@@ -18,6 +18,8 @@ from ..fp32 import ieee
 from . import native
 
 SIXTEEN_BIT = (torch.bfloat16, torch.float16)
+Product = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
+
 TILE = 2**18
 """Weights upcast at a time on the slow way: 1 MiB as float32, which stays in a second-level cache."""
 
@@ -60,7 +62,9 @@ def prepare(device: torch.device, say: Callable[[str], None]) -> str:
         built = native.library(say)
         return f"c++ {built.about}" if built.function else f"tiles ({built.about})"
     if device.type == "cuda" and _gpu() is None:
-        say("layercast: triton is not installed, so its products are slower; pip install triton")
+        say(
+            f"layercast: triton is missing or cannot compile here: {native.SLOWER}; pip install triton, and a C compiler"
+        )
         return "tiles (no triton)"
     return "triton" if device.type == "cuda" else "tiles"
 
@@ -77,9 +81,6 @@ def _check(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> 
         raise ValueError(f"layercast: {places}")
 
 
-Product = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
-
-
 def _product(device: torch.device) -> Product:
     if device.type == "cpu" and native.library().function is not None:
         return compiled
@@ -91,9 +92,13 @@ def _product(device: torch.device) -> Product:
 
 @functools.cache
 def _gpu() -> Any | None:
+    """The Triton product, if triton is there and a first product succeeds: it needs a C compiler of its own."""
     try:
         from . import gpu
-    except ImportError:  # no triton
+
+        one = torch.ones((1, 1), device="cuda")
+        gpu.linear(one, one.bfloat16(), None)
+    except Exception:  # whatever a compiler or a driver throws
         return None
     return gpu
 
@@ -107,7 +112,7 @@ def compiled(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -
     weight = weight.contiguous()
     bias = None if bias is None else bias.contiguous()
     (m, k), n = x.shape, weight.shape[0]
-    y = torch.empty((m, n), dtype=torch.float32)
+    y = x.new_empty((m, n))
     failed = native.library().function(  # type: ignore[misc]  # there is one, or `_product` had chosen otherwise
         x.data_ptr(),
         weight.data_ptr(),

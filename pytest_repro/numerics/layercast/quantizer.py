@@ -17,8 +17,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ...errors import ConfigError
 from . import product
-from .model import arranged, check_settings, narrowed, refusal, settle_experts
-from .weight import Weight
+from .model import cast_all, narrowed, refusal, settle_experts
 
 log = logging.getLogger("pytest_repro.layercast")
 
@@ -74,7 +73,12 @@ class LayerCastQuantizer(HfQuantizer):  # type: ignore[misc]
         """Every matrix, unless its module is kept."""
         module, name = get_module_from_name(model, param_name)
         matrix = name in module._parameters and module._parameters[name].dim() >= 2
-        return matrix and should_convert_module(param_name, self.quantization_config.modules_to_not_convert or [])
+        return matrix and not self.kept(param_name)
+
+    def kept(self, param_name: str) -> bool:
+        """Whether a parameter belongs to a module that is to stay in FP32."""
+        names = self.quantization_config.modules_to_not_convert
+        return names is not None and not should_convert_module(param_name.rpartition(".")[0], names)
 
     def param_element_size(self, model: Any, param_name: str, param: torch.Tensor) -> float:
         """Bytes an element, for transformers' memory planning."""
@@ -90,23 +94,25 @@ class LayerCastQuantizer(HfQuantizer):  # type: ignore[misc]
         Raises:
             EngineError: with the names.
         """
-        kept = self.quantization_config.modules_to_not_convert or []
-        left = {
-            name
-            for name, tensor in model.named_parameters()
-            if tensor.dim() >= 2 and not isinstance(tensor, Weight) and should_convert_module(name, kept)
-        }
-        if refused := sorted(left | set(self.refused)):
-            fix = 'round_weights="bfloat16" rounds them, modules_to_not_convert=[...] keeps them in FP32'
-            error = refusal(refused, "these weights were never 16-bit numbers, and would be rounded")
-            error.fix = fix
+        self._check_names(model)
+        if self.refused:
+            error = refusal(sorted(self.refused), "these weights were never 16-bit numbers, and would be rounded")
+            error.fix = 'round_weights="bfloat16" rounds them, modules_to_not_convert=[...] keeps them in FP32'
             raise error
-        check_settings(model)
-        settle_experts(model, lambda *_: None)
+        for_good: Any = lambda *_: None  # noqa: E731
+        cast_all(model, for_good, self.kept)
+        settle_experts(model, for_good)
         model.requires_grad_(False)
         for device in {p.device for p in model.parameters()}:
             product.prepare(device, log.warning)
         return model
+
+    def _check_names(self, model: Any) -> None:
+        names = self.quantization_config.modules_to_not_convert or []
+        modules = [name for name, module in model.named_modules() if module._parameters]
+        for name in names:
+            if all(should_convert_module(module, [name]) for module in modules):
+                raise ConfigError(f"modules_to_not_convert: the model has no module {name!r} with parameters")
 
     def is_serializable(self) -> bool:
         """The checkpoint it came from is what to keep: saving would write the same numbers again."""
@@ -129,8 +135,5 @@ class _Narrow(ConversionOps):  # type: ignore[misc]
             short = narrowed(tensor, self.quantizer.rounding)
             if short is None:
                 self.quantizer.refused.append(full_layer_name or name)
-                out[name] = tensor
-            else:
-                module, _name = get_module_from_name(model, full_layer_name or name)
-                out[name] = arranged(module, short)
+            out[name] = tensor if short is None else short
         return out

@@ -98,7 +98,8 @@ def _view(func: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def _linear(func: Any, input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    if isinstance(input, Weight) or not isinstance(weight, Weight) or input.dtype != torch.float32:
+    fits = isinstance(weight, Weight) and weight.dim() == 2 and not isinstance(input, Weight)
+    if not fits or input.dtype != torch.float32:
         return F.linear(_upcast(input), _upcast(weight), _upcast(bias))
     return product.linear(input, stored(weight), _upcast(bias))
 
