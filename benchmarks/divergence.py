@@ -162,10 +162,14 @@ def report(args: argparse.Namespace) -> None:
                 "threads": sorted({c[2] for c in mine}),
                 "batch sizes": sorted({c[3] for c in mine}),
             }
-    both = {mode: next((rows for c, rows in whole.items() if c[0] == mode), None) for mode in ("fp32", "layercast")}
-    if both["fp32"] and both["layercast"]:
-        pairs = zip(both["fp32"], both["layercast"], strict=True)
-        found["layercast and fp32 differ on"] = sum(a["tokens"] != b["tokens"] for a, b in pairs)
+    twins = [
+        (rows, whole[("fp32", *c[1:])])
+        for c, rows in whole.items()
+        if c[0] == "layercast" and ("fp32", *c[1:]) in whole
+    ]
+    if twins:
+        parted = [sum(a["tokens"] != b["tokens"] for a, b in zip(*pair, strict=True)) for pair in twins]
+        found["prompts on which layercast and fp32 differ, most in any configuration"] = max(parted)
     missing = [",".join(map(str, c)) for c in runs if c not in whole]
     if missing:
         found["configurations not run"] = missing

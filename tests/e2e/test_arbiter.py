@@ -50,6 +50,20 @@ def test_an_fp32_run_has_no_arbiter(drifting: Project) -> None:
     assert "arbiter" not in result.out
 
 
+def test_decoding_alone_is_arbitrated_as_well(drifting: Project) -> None:
+    """No token flips here: every token moved, which decoding sees too."""
+    drifting.check("--repro-method", "decode", "--repro-report-json=report.json")
+    prompts = drifting.json()["suites"][0]["prompts"]
+    findings = {p["id"]: p["arbiter"] and p["arbiter"]["finding"] for p in prompts}
+    assert findings == {"near": "rounding", "farther": "candidate", "nearer": "golden", "still": None}
+
+
+def test_a_golden_of_another_class_is_not_arbitrated(drifting: Project) -> None:
+    result = drifting.check("--repro-numerics", "fp16", "--repro-golden", "bf16")
+    assert result.rc == 1
+    assert "arbiter" not in result.out
+
+
 def test_a_script_for_the_arbiter_stays_inside_the_suite(drifting: Project) -> None:
     toml = (drifting.folder / "suite.toml").read_text().replace('fp32 = "fp32.jsonl"', 'fp32 = "../../elsewhere.jsonl"')
     drifting.write("golden/demo/suite.toml", toml)

@@ -325,3 +325,14 @@ def test_a_long_run_says_how_far_it_is_past_the_capture(project: Project) -> Non
     assert result.rc == 0
     assert "repro demo [bf16]: record: 16 tokens" in result.err
     assert "repro demo [bf16]: noise: scripted jitter: 16 tokens" in result.err
+
+
+def test_modes_that_share_a_golden_record_it_once(project: Project) -> None:
+    """fp32 and layercast are one compute class: the second recording would replace the first."""
+    project.suite(run={"numerics": ["fp32", "layercast"]})
+    result = project.pytest("--repro-update", "golden", "-v", "-rs")
+    assert result.rc == 0, result.text
+    assert "fp32 has just recorded the golden that layercast is checked against as well" in result.out
+    assert project.header("fp32.pending")["numerics"] == "fp32"
+    project.accept()
+    assert project.check("-v").rc == 0

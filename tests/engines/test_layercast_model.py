@@ -150,6 +150,38 @@ def test_an_fp32_checkpoint_that_never_was_16_bit_is_refused_by_name(llama: Path
     assert "modules_to_not_convert" in caught.value.fix
 
 
+def kept(model: Any) -> set[str]:
+    """Matrices that are held in FP32."""
+    return {name for name, p in model.named_parameters() if p.dim() == 2 and stored(p).dtype == torch.float32}
+
+
+def test_a_module_is_kept_in_fp32_by_the_end_of_its_name_as_in_other_configs(llama: Path) -> None:
+    model = layercast(llama, modules_to_not_convert=["down_proj"])
+    assert kept(model) == {f"model.layers.{i}.mlp.down_proj.weight" for i in (0, 1)}
+    assert torch.equal(
+        logits(model),
+        logits(layercast(llama, modules_to_not_convert=["layers.0.mlp.down_proj", "layers.1.mlp.down_proj"])),
+    )
+
+
+def test_what_is_tied_is_kept_together(tmp_path: Path) -> None:
+    model = layercast(checkpoint("llama tied", tmp_path), modules_to_not_convert=["lm_head"])
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert kept(model) == {"model.embed_tokens.weight"}
+    assert logits(model).dtype == torch.float32
+
+
+def test_a_name_that_keeps_nothing_is_a_mistake(llama: Path) -> None:
+    with pytest.raises(ConfigError, match="no module 'lm_haed'"):
+        layercast(llama, modules_to_not_convert=["lm_haed"])
+
+
+def test_a_number_beyond_float16_is_not_rounded_to_infinity(llama: Path, tmp_path: Path) -> None:
+    changed(llama, tmp_path, lambda name, t: disturbed(name, t) + (7e4 if "up_proj" in name else 0.0))
+    with pytest.raises(EngineError, match="up_proj"):
+        layercast(tmp_path, round_weights="float16")
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_round_weights_rounds_the_matrices_and_leaves_the_vectors(llama: Path, tmp_path: Path, dtype: str) -> None:
     tensors = changed(llama, tmp_path, disturbed)

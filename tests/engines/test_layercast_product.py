@@ -358,6 +358,12 @@ def test_operands_on_two_devices_are_refused(stray: int) -> None:
         linear(*operands)
 
 
+def test_a_default_device_elsewhere_does_not_move_the_answer(way: str) -> None:
+    operands = problem(2, 3, 4, torch.bfloat16)
+    with torch.device("meta"):
+        assert linear(*operands).device.type == "cpu"
+
+
 # How it is compiled, and what happens where it is not.
 
 

@@ -54,7 +54,8 @@ struct FP16 {
   static Vector second(const uint16_t* w) { return first(w + LANES); }
   static constexpr bool interleaved = false;
 };
-constexpr int WIDE = 6, NARROW_COLUMNS = 8, WIDE_COLUMNS = 4;  // registers: 6 * 4 sums, 4 weights, 1 of x
+// Registers: at most 6 * 4 sums, 4 weights, 1 of x.
+constexpr int WIDE = 6, WIDE_COLUMNS = 4, NARROW = 2, NARROW_COLUMNS = 8;
 
 #elif defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
 
@@ -89,7 +90,8 @@ struct FP16 {
   static Vector second(const uint16_t* w) { return first(w + LANES); }
   static constexpr bool interleaved = false;
 };
-constexpr int WIDE = 2, NARROW_COLUMNS = 4, WIDE_COLUMNS = 2;
+// Registers, two a vector: at most 3 * 2 sums, 2 weights, 1 of x.
+constexpr int WIDE = 3, WIDE_COLUMNS = 2, NARROW = 1, NARROW_COLUMNS = 4;
 
 #else  // no intrinsics: plain loops, which compilers vectorise
 
@@ -144,7 +146,7 @@ struct FP16 {
   static Vector second(const uint16_t* w) { return first(w + LANES); }
   static constexpr bool interleaved = false;
 };
-constexpr int WIDE = 1, NARROW_COLUMNS = 4, WIDE_COLUMNS = 4;
+constexpr int WIDE = 1, WIDE_COLUMNS = 4, NARROW = 1, NARROW_COLUMNS = 4;
 
 #endif
 
@@ -244,7 +246,7 @@ inline void strip(const Problem& p, long row, long begin, long end, long from, l
 
 template <class Weight, int ROWS>
 inline void strips(const Problem& p, long& row, long begin, long end, long from, long length) {
-  constexpr int columns = ROWS <= 2 ? NARROW_COLUMNS : WIDE_COLUMNS;
+  constexpr int columns = ROWS <= NARROW ? NARROW_COLUMNS : WIDE_COLUMNS;
   for (; row + ROWS <= p.rows; row += ROWS) strip<Weight, ROWS, columns>(p, row, begin, end, from, length);
 }
 

@@ -96,7 +96,8 @@ class LayerCastQuantizer(HfQuantizer):  # type: ignore[misc]
         """
         self._check_names(model)
         if self.refused:
-            error = refusal(sorted(self.refused), "these weights were never 16-bit numbers, and would be rounded")
+            why = f"beyond the range of {self.rounding}" if self.rounding else "and would be rounded"
+            error = refusal(sorted(self.refused), f"these weights were never 16-bit numbers, {why}")
             error.fix = 'round_weights="bfloat16" rounds them, modules_to_not_convert=[...] keeps them in FP32'
             raise error
         for_good: Any = lambda *_: None  # noqa: E731
