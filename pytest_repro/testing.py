@@ -21,7 +21,7 @@ from .engines.base import Engine
 from .errors import EngineError
 from .generation import FINISH_REASONS, Generation, Output, Request
 from .noise import envelope
-from .probe import Observation
+from .precision import Observation
 from .suite import Prompt
 
 PROMPTS = (

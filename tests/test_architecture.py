@@ -15,7 +15,7 @@ DRAWING = (ROOT / "docs" / "architecture.md").read_text("utf-8")
 LAYERS = [
     {"suite", "generation", "fingerprint", "schemas", "errors", "text"},
     {"judging", "checks", "arbiter", "candidate", "comparison", "noise", "accuracy", "verdict", "result", "golden"},
-    {"store", "probe", "models", "engines", "numerics"},
+    {"store", "probe", "precision", "models", "engines", "numerics"},
     {"report"},
     {"gate", "review"},
     {"plugin", "cli", "session", "fixture", "testing"},
@@ -23,7 +23,7 @@ LAYERS = [
 LAYERCAST = {f"numerics.layercast.{name}" for name in ("product", "native", "gpu", "weight", "model", "quantizer")}
 HEAVY = {
     "pytest": {"plugin", "testing"},
-    "torch": {"engines.transformers", "numerics.fp32", "models", "probe", "review", *LAYERCAST},
+    "torch": {"engines.transformers", "numerics.fp32", "models", "probe", "precision", "review", *LAYERCAST},
     "transformers": {"engines.transformers", "models", "numerics.layercast.quantizer"},
     "triton": {"numerics.layercast.gpu"},
     "huggingface_hub": {"models"},

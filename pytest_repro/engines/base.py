@@ -17,7 +17,7 @@ from ..fingerprint import Fingerprint
 from ..generation import Output, Request, Scores
 from ..models import ModelFiles
 from ..numerics import Mode
-from ..probe import Observation
+from ..precision import Observation
 from ..suite import Prompt
 
 Tick = Callable[[int], None]

@@ -19,7 +19,7 @@ import numpy as np
 from ..errors import ConfigError, EngineError
 from ..fingerprint import Fingerprint
 from ..generation import FINISH_REASONS, Generation, Output, Request, Scores, digest
-from ..probe import Observation
+from ..precision import Observation
 from ..suite import Prompt
 from .base import Engine, Opener, Spec, Tick, no_tick
 

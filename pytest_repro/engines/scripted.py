@@ -23,7 +23,7 @@ import numpy as np
 from ..errors import ConfigError
 from ..fingerprint import Fingerprint
 from ..generation import Generation, Output, Request, Scores, digest
-from ..probe import Observation
+from ..precision import Observation
 from ..suite import Prompt, inside
 from .base import Engine, Spec, Tick, no_tick
 

@@ -27,7 +27,7 @@ from transformers import (
     LogitsProcessorList,
 )
 
-from .. import probe
+from .. import precision, probe
 from ..errors import ConfigError, EngineError
 from ..fingerprint import Fingerprint
 from ..generation import Output, Request, Scores, digest
@@ -125,17 +125,17 @@ class TransformersEngine:
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
-    def observe(self) -> probe.Observation:
+    def observe(self) -> precision.Observation:
         """Crafted operands through the model's own linear layers, on its own device."""
         with _explained("probing", self._memory_hint):
-            return probe.observe(self.model)
+            return precision.observe(self.model)
 
     def facts(self) -> Fingerprint:
         """What is in force."""
         assert self.spec.model is not None
         config = self.model.config
         with _explained("running one token", self._memory_hint):
-            cache = probe.kv_cache_dtype(self.model)
+            cache = precision.kv_cache_dtype(self.model)
         return {
             **self.spec.model.identity,
             "generation": digest({"greedy": True, "max_new_tokens": self.spec.max_new_tokens, "eos": self.eos}),
@@ -220,7 +220,7 @@ class TransformersEngine:
             _explained("replaying under LayerCast", self._memory_hint),
             layercast.casting(self.model, self.spec.say),
         ):
-            seen = probe.observe(self.model)
+            seen = precision.observe(self.model)
             if not seen.fp32_class:
                 raise EngineError(f"LayerCast is on, but the probe found {seen.compute_class}: {seen.detail}")
             return self.replay(requests, tick)

@@ -166,7 +166,7 @@ def test_a_switch_is_recorded_and_what_it_does_is_observed() -> None:
     """oneDNN may heed ONEDNN_DEFAULT_FPMATH_MODE or not: the observation is what a product shows, the switch is kept."""
     script = """if True:
         import json, torch
-        from pytest_repro import probe
+        from pytest_repro import precision, probe
         class One(torch.nn.Module):
             def __init__(self):
                 super().__init__()
@@ -177,7 +177,7 @@ def test_a_switch_is_recorded_and_what_it_does_is_observed() -> None:
             x = torch.randn(64, 512)
             exact = x.double() @ one.lin.weight.double().T
             error = ((one.lin(x) - exact).abs().max() / exact.abs().max()).item()
-            seen = probe._crafted("lin", one.lin)
+            seen = precision._crafted("lin", one.lin)
         print(json.dumps({"error": error, "seen": seen.compute_class, "facts": probe.machine()}))
     """
     environment = {"ONEDNN_DEFAULT_FPMATH_MODE": "BF16", "PATH": "/usr/bin:/bin", "HOME": str(Path.home())}
