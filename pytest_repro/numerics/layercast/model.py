@@ -94,7 +94,7 @@ def cast_all(model: Any, undo: Undo, kept: Callable[[str], bool] = lambda _: Fal
     Args:
         model: any module.
         undo: told how to put each one back.
-        kept: of a parameter's name: whether it stays as it is.
+        kept: of a parameter's name: whether it is held in FP32.
 
     Raises:
         EngineError: names what cannot be cast.

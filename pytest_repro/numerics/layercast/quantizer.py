@@ -100,9 +100,8 @@ class LayerCastQuantizer(HfQuantizer):  # type: ignore[misc]
             error = refusal(sorted(self.refused), f"these weights were never 16-bit numbers, {why}")
             error.fix = 'round_weights="bfloat16" rounds them, modules_to_not_convert=[...] keeps them in FP32'
             raise error
-        for_good: Any = lambda *_: None  # noqa: E731
-        cast_all(model, for_good, self.kept)
-        settle_experts(model, for_good)
+        cast_all(model, _for_good, self.kept)
+        settle_experts(model, _for_good)
         model.requires_grad_(False)
         for device in {p.device for p in model.parameters()}:
             product.prepare(device, log.warning)
@@ -123,6 +122,10 @@ class LayerCastQuantizer(HfQuantizer):  # type: ignore[misc]
     def is_trainable(self) -> bool:
         """Inference only."""
         return False
+
+
+def _for_good(*_: Any) -> None:
+    """Nothing that a load does to a model is taken back."""
 
 
 class _Narrow(ConversionOps):  # type: ignore[misc]
