@@ -47,6 +47,7 @@ each_dtype = pytest.mark.parametrize("dtype", SIXTEEN_BIT, ids=str)
 @pytest.fixture(autouse=True)
 def _any_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setattr(native, "_known", None)
 
 
 def compiled(to: Path, *flags: str) -> native.Library:

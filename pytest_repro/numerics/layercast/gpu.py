@@ -10,6 +10,7 @@ there is no GPU.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -82,10 +83,10 @@ def _many(
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """The product of FP32 rows (M, K), contiguous, and a 16-bit weight (N, K) on the same GPU."""
+    """The product of FP32 rows (..., K), contiguous, and a 16-bit weight (N, K) on the same GPU."""
     weight = weight.contiguous()
-    (m, k), n = x.shape, weight.shape[0]
-    y = torch.empty((m, n), dtype=torch.float32, device=x.device)
+    m, (n, k) = math.prod(x.shape[:-1]), weight.shape
+    y = x.new_empty((*x.shape[:-1], n))
     if y.numel() == 0:
         return y
     b = y if bias is None else bias.contiguous()  # a pointer that is never read without BIAS

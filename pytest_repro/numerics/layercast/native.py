@@ -53,7 +53,13 @@ def library(say: Callable[[str], None] = log.warning) -> Library:
     Args:
         say: told before a compilation, and when there can be none.
     """
-    return _library(torch.backends.cpu.get_cpu_capability(), os.environ.get("CXX", ""), say)
+    global _known
+    if _known is None:  # asked at every product: the environment is read once
+        _known = _library(torch.backends.cpu.get_cpu_capability(), os.environ.get("CXX", ""), say)
+    return _known
+
+
+_known: Library | None = None
 
 
 def _once(make: Callable[[str, str, Callable[[str], None]], Library]) -> Callable[..., Library]:

@@ -26,6 +26,7 @@ constexpr long STEP = 2 * LANES;  // weights taken at a time
 constexpr long BLOCK = 1024;      // of K: six rows of x and four of W then stay in the first-level cache
 constexpr long CHUNK = 192;       // rows of x packed at a time
 constexpr long PANEL = 64;        // most outputs that one thread takes at a time
+constexpr long SMALL = 32768;     // operations that are sooner done than shared
 
 #if defined(__AVX512F__)
 
@@ -284,11 +285,16 @@ int product(const float* x, const uint16_t* w, const float* bias, float* y, long
   for (long row = 0; row < m; row += CHUNK) {
     const long rows = std::min(CHUNK, m - row);
     const Problem p{packed, stride, rows, w, bias, y + row * n, n, k};
-#pragma omp parallel num_threads(threads)
-    {
-#pragma omp for schedule(static)
+    const bool few = rows * k <= SMALL;  // packed before the threads wake is sooner than waiting for each other
+    if (few)
       for (long r = 0; r < rows; ++r) pack<Weight>(x + (row + r) * k, k, packed + r * stride);
-#pragma omp for schedule(dynamic)
+#pragma omp parallel num_threads(threads) if (rows * n * k > SMALL)
+    {
+      if (!few) {
+#pragma omp for schedule(static)
+        for (long r = 0; r < rows; ++r) pack<Weight>(x + (row + r) * k, k, packed + r * stride);
+      }
+#pragma omp for schedule(dynamic) nowait
       for (long begin = 0; begin < n; begin += width) panel<Weight>(p, begin, std::min(begin + width, n));
     }
   }

@@ -48,8 +48,7 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
     if torch.is_grad_enabled() and x.requires_grad:
         with ieee():
             return F.linear(x, weight.float(), bias)
-    rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1]).contiguous()
-    return _product(x.device)(rows, weight, bias).view(*x.shape[:-1], weight.shape[0])
+    return _product(x.device.type)(x.contiguous(), weight, bias)
 
 
 def prepare(device: torch.device, say: Callable[[str], None]) -> str:
@@ -81,10 +80,10 @@ def _check(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> 
         raise ValueError(f"layercast: {places}")
 
 
-def _product(device: torch.device) -> Product:
-    if device.type == "cpu" and native.library().function is not None:
+def _product(device: str) -> Product:
+    if device == "cpu" and native.library().function is not None:
         return compiled
-    if device.type == "cuda" and (gpu := _gpu()) is not None:
+    if device == "cuda" and (gpu := _gpu()) is not None:
         found: Product = gpu.linear
         return found
     return tiled
@@ -104,15 +103,16 @@ def _gpu() -> Any | None:
 
 
 def compiled(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """The C++ product; x of shape (M, K), contiguous.
+    """The C++ product; x contiguous.
 
     Raises:
         MemoryError: no room for the rows.
     """
     weight = weight.contiguous()
     bias = None if bias is None else bias.contiguous()
-    (m, k), n = x.shape, weight.shape[0]
-    y = x.new_empty((m, n))
+    n, k = weight.shape
+    y = x.new_empty((*x.shape[:-1], n))
+    m = math.prod(x.shape[:-1])
     failed = native.library().function(  # type: ignore[misc]  # there is one, or `_product` had chosen otherwise
         x.data_ptr(),
         weight.data_ptr(),
@@ -130,14 +130,14 @@ def compiled(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -
 
 
 def tiled(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """The product on any device: some rows of the weight at a time; x of shape (M, K)."""
+    """The product on any device: some rows of the weight at a time; x contiguous."""
     n, k = weight.shape
-    y = x.new_empty((x.shape[0], n))
+    y = x.new_empty((*x.shape[:-1], n))
     height = max(1, TILE // max(1, k))
     buffer = x.new_empty((min(height, n), k))
     with ieee():
         for first in range(0, n, height):
             part = weight[first : first + height]
             upcast = buffer[: len(part)].copy_(part)
-            y[:, first : first + height] = x @ upcast.T
+            y[..., first : first + height] = x @ upcast.T
     return y if bias is None else y.add_(bias)

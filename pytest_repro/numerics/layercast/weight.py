@@ -98,10 +98,13 @@ def _view(func: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def _linear(func: Any, input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    fits = isinstance(weight, Weight) and weight.dim() == 2 and not isinstance(input, Weight)
-    if not fits or input.dtype != torch.float32:
-        return F.linear(_upcast(input), _upcast(weight), _upcast(bias))
-    return product.linear(input, stored(weight), _upcast(bias))
+    bias = _upcast(bias)
+    if isinstance(weight, Weight) and not isinstance(input, Weight) and input.dtype == torch.float32:
+        # Called for every layer of every token: within this the weight is the 16-bit tensor that lies in memory.
+        with torch._C.DisableTorchFunctionSubclass():
+            if weight.dim() == 2:
+                return product.linear(input, weight, bias)
+    return F.linear(_upcast(input), _upcast(weight), bias)
 
 
 def _matmul(func: Any, *args: Any, **kwargs: Any) -> Any:
