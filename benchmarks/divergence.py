@@ -173,6 +173,7 @@ def report(args: argparse.Namespace) -> None:
     missing = [",".join(map(str, c)) for c in runs if c not in whole]
     if missing:
         found["configurations not run"] = missing
+    sys.argv[1:] = [args.path.name, "--questions", str(args.questions)]  # the command, without anybody's folders
     publish("divergence", {"new tokens": args.tokens, **found})
 
 
