@@ -269,9 +269,8 @@ def gather(
     now, failed = _decode_and_pack(engine, suite, requests, places, found, show)
     found |= failed
     decoded = compare_decode(golden.generation, now)
-    if replayed is None and not engine.text_only and judging.doubtful(decoded, golden):
-        # What parted is scored as well: only a replay sees the text beyond the first divergence.
-        parted = judging.doubtful(decoded, golden)
+    parted = judging.doubtful(decoded, golden) if replayed is None and not engine.text_only else set()
+    if parted:  # is scored as well: only a replay sees the text beyond the first divergence
         replayed, failed, scores = _replay(engine, golden, [r for r in requests if r.id in parted], show)
         found |= failed
     return Gathered(replayed, decoded, now, found, scores)

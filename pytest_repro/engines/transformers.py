@@ -126,7 +126,7 @@ class TransformersEngine:
             torch.cuda.empty_cache()
 
     def observe(self) -> precision.Observation:
-        """Crafted operands through the model's own linear layers, on its own device."""
+        """What the model's own arithmetic shows, on its own device."""
         with _explained("probing", self._memory_hint):
             return precision.observe(self.model)
 

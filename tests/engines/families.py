@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -170,3 +172,14 @@ class Snapshot:
         grads = [(p.requires_grad, p.grad) for p in model.parameters()]
         kinds = [config.dtype, config._experts_implementation, config._attn_implementation, model.dtype]
         return [modules, grads, kinds, switches()]
+
+
+@contextmanager
+def onednn(precision: str) -> Iterator[None]:
+    backends: Any = torch.backends
+    before = backends.mkldnn.matmul.fp32_precision
+    backends.mkldnn.matmul.fp32_precision = precision
+    try:
+        yield
+    finally:
+        backends.mkldnn.matmul.fp32_precision = before

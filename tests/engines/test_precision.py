@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +13,7 @@ from pytest_repro import precision
 from pytest_repro.numerics import mode
 from pytest_repro.numerics.fp32 import ieee
 
-from .families import FAMILIES, create
+from .families import FAMILIES, create, onednn
 from .tiny import build
 
 
@@ -32,17 +30,6 @@ def bits(layer: torch.nn.Linear) -> float:
     found = precision._precision(layer)
     assert found is not None
     return found[0]
-
-
-@contextmanager
-def onednn(precision: str) -> Iterator[None]:
-    backends: Any = torch.backends
-    before = backends.mkldnn.matmul.fp32_precision
-    backends.mkldnn.matmul.fp32_precision = precision
-    try:
-        yield
-    finally:
-        backends.mkldnn.matmul.fp32_precision = before
 
 
 @pytest.mark.parametrize(
