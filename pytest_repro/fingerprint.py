@@ -39,6 +39,10 @@ SUSPECTS: tuple[str, ...] = (
 """Numerics fields, likeliest culprit first."""
 
 
+UNOBSERVED = "unobserved"
+"""Value of an identity field that an engine cannot see, a server's weights say: neither equal nor different."""
+
+
 @dataclass(frozen=True)
 class Change:
     """One field that differs."""
@@ -48,6 +52,11 @@ class Change:
     golden: Value
     """None where the golden's environment did not have the field."""
     now: Value
+
+
+def unobserved(golden: Fingerprint, now: Fingerprint) -> list[str]:
+    """Identity fields that one of the two sides could not see."""
+    return [name for name in IDENTITY if UNOBSERVED in (golden.get(name), now.get(name))]
 
 
 def class_of(name: str) -> FieldClass:

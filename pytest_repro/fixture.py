@@ -54,8 +54,8 @@ class Repro:
 
         Args:
             path: the suite's folder, relative to pytest's root directory.
-            keywords: `model`, `engine` (a name or any callable), `numerics`, `batch_size`, `max_new_tokens`, and any
-                threshold: stronger than the marker, the command line and suite.toml.
+            keywords: `model`, `engine` (a name or any callable), `numerics`, `batch_size`, `max_new_tokens`,
+                `engine_options` (a mapping) and any threshold: stronger than the marker, the command line and suite.toml.
         """
         return self._told(lambda: self._check(path, keywords))
 
@@ -101,9 +101,9 @@ class Repro:
     def _overrides(self, keywords: Mapping[str, Any]) -> tuple[Overrides, Any]:
         """Command line, then marker, then the call's own keywords on top."""
         asked = {**self._keywords, **keywords}
-        unknown = sorted(set(asked) - set(_PLAIN) - _THRESHOLDS)
+        unknown = sorted(set(asked) - {*_PLAIN, "engine_options"} - _THRESHOLDS)
         if unknown:
-            known = ", ".join([*_PLAIN, *sorted(_THRESHOLDS)])
+            known = ", ".join([*_PLAIN, "engine_options", *sorted(_THRESHOLDS)])
             raise ConfigError(f"unknown keyword {unknown[0]!r}; known: {known}", where=self._node.nodeid)
         opener = None
         if asked.get("model") and (self._node.config.rootpath / asked["model"]).is_dir():
@@ -111,8 +111,10 @@ class Repro:
         if callable(asked.get("engine")):
             opener = from_function(asked.pop("engine"))
         modes = asked.get("numerics")
+        plain: dict[str, Any] = {k: asked.get(k) for k in _PLAIN if k != "numerics"}
         mine = Overrides(
-            **{k: asked.get(k) for k in _PLAIN if k != "numerics"},
+            **plain,
+            engine_options=asked.get("engine_options", {}),
             numerics=(modes,) if isinstance(modes, str) else tuple(modes) if modes else None,
             thresholds={k: v for k, v in asked.items() if k in _THRESHOLDS},
         )

@@ -230,6 +230,7 @@ def live(suite: Suite, mode: str, options: Options, show: Progress) -> Iterator[
         folder=suite.folder,
         model=files,
         options=suite.engine_options,
+        from_user=frozenset(suite.user_options),
         say=show.say,
     )
     with chosen(spec) as engine:
@@ -249,7 +250,7 @@ def gather(
     comparable = {p.id for p in result.prompts if p.verdict == Verdict.IDENTICAL}
     found = judging.unanswerable(engine.context_length, suite, requests, golden, comparable, options.allow_changed)
     wanted = [i for i, p in enumerate(suite.prompts) if p.id in comparable and p.id not in found]
-    method = "decode" if engine.text_only and options.method == "auto" else options.method
+    method = options.method if engine.replays or options.method != "auto" else "decode"
     replayed: Comparison | None = None
     scores: dict[str, Scores] = {}
     if method != "decode" and wanted:
@@ -269,7 +270,7 @@ def gather(
     now, failed = _decode_and_pack(engine, suite, requests, places, found, show)
     found |= failed
     decoded = compare_decode(golden.generation, now)
-    parted = judging.doubtful(decoded, golden) if replayed is None and not engine.text_only else set()
+    parted = judging.doubtful(decoded, golden) if replayed is None and engine.replays else set()
     if parted:  # is scored as well: only a replay sees the text beyond the first divergence
         replayed, failed, scores = _replay(engine, golden, [r for r in requests if r.id in parted], show)
         found |= failed

@@ -77,6 +77,8 @@ def against(result: SuiteResult, golden: Golden, suite: Suite, allowed: frozense
     changes = fingerprint.diff(
         {**golden.fingerprint, "compute_class": golden.compute_class}, {**result.environment, "compute_class": observed}
     )
+    unseen = fingerprint.unobserved(golden.fingerprint, result.environment)
+    changes = [c for c in changes if c.field not in unseen]
     barred = [c for c in changes if c.cls == "identity" and IDENTITY[c.field] not in allowed]
     there, asked = golden.generation.index(), {p.id: p for p in suite.prompts}
     prompts = []
@@ -118,6 +120,8 @@ def _notes(golden: Golden, suite: Suite, result: SuiteResult, changes: Sequence[
         notes.append(f"unused in the golden: {', '.join(unused)} (no such prompt in the suite any more)")
     if golden.compute_class not in (result.claimed, (result.observed or {}).get("compute_class")):
         notes.append(f"compared with a golden of another compute class, {golden.compute_class}")
+    if unseen := fingerprint.unobserved(golden.fingerprint, result.environment):
+        notes.append(f"not checked, since the engine cannot see it: {', '.join(unseen)}")
     if not golden.noise.variants:
         notes.append(
             "the golden has no noise envelope (its engine cannot replay): no difference can be explained by rounding"

@@ -44,7 +44,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="native, bf16, fp16, fp32 or layercast, in the suite's place; repeatable",
     )
     add("--repro-batch-size", metavar="N", type=int, help="batch size, in the suite's place")
-    add("--repro-engine", metavar="NAME", help="engine in the suite's place: transformers, or module:function")
+    add("--repro-engine", metavar="NAME",
+        help="engine in the suite's place: transformers, vllm, openai, or module:function")  # fmt: skip
+    add("--repro-engine-option", metavar="NAME=VALUE", action="append", default=[],
+        help="as in [engine], e.g. tensor_parallel_size=2; repeatable")  # fmt: skip
     add(
         "--repro-model",
         metavar="REF",

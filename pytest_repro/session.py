@@ -27,7 +27,7 @@ from .generation import digest
 from .report import document
 from .report.progress import Display
 from .store import STEM, atomic_write, typed
-from .suite import Overrides, Suite, check_defaults, load, parse_threshold
+from .suite import Overrides, Suite, check_defaults, load, parse_engine_option, parse_threshold
 
 
 class Session:
@@ -94,6 +94,7 @@ class Session:
             numerics=modes or None,
             batch_size=option.repro_batch_size,
             thresholds=dict(parse_threshold(text) for text in option.repro_threshold),
+            engine_options=dict(parse_engine_option(text) for text in option.repro_engine_option),
         )
 
     def options(self, folder: Path, **more: Any) -> Options:

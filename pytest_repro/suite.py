@@ -64,6 +64,7 @@ class Overrides:
     batch_size: int | None = None
     max_new_tokens: int | None = None
     thresholds: Mapping[str, Any] = field(default_factory=dict)
+    engine_options: Mapping[str, Any] = field(default_factory=dict)
 
     def under(self, stronger: Overrides) -> Overrides:
         """These overrides, with those of a stronger source on top."""
@@ -71,7 +72,11 @@ class Overrides:
             name: getattr(stronger, name) if getattr(stronger, name) is not None else getattr(self, name)
             for name in ("model", "engine", "numerics", "batch_size", "max_new_tokens")
         }
-        return Overrides(**chosen, thresholds={**self.thresholds, **stronger.thresholds})
+        return Overrides(
+            **chosen,
+            thresholds={**self.thresholds, **stronger.thresholds},
+            engine_options={**self.engine_options, **stronger.engine_options},
+        )
 
 
 @dataclass(frozen=True)
@@ -85,7 +90,10 @@ class Suite:
     """A model reference, see `models`."""
     prompts: tuple[Prompt, ...]
     engine: str = "transformers"
-    engine_options: Mapping[str, Any] = field(default_factory=dict)
+    engine_tables: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """Engine name -> its options: `[engine.NAME]`, and for the suite's own engine what stands in `[engine]` itself."""
+    user_options: Mapping[str, Any] = field(default_factory=dict)
+    """Engine options that the user named (command line, test keyword): stronger, and not data of a pull request."""
     scorer: str = "last-number"
     pattern: str = ""
     """Regular expression of the `regex` scorer."""
@@ -94,6 +102,11 @@ class Suite:
     numerics: tuple[str, ...] = ("native",)
     thresholds: Mapping[str, Thresholds] = field(default_factory=lambda: {"": Thresholds()})
     """By compute class; the key "" holds for classes without overrides of their own."""
+
+    @property
+    def engine_options(self) -> dict[str, Any]:
+        """What the engine is opened with."""
+        return {**self.engine_tables.get(self.engine, {}), **self.user_options}
 
     def thresholds_for(self, compute_class: str) -> Thresholds:
         """The thresholds of one compute class."""
@@ -158,6 +171,7 @@ def apply(suite: Suite, o: Overrides) -> Suite:
         if value is not None and value < 1:
             raise ConfigError(f"{name} must be at least 1, not {value}", where=f"suite {suite.name}")
     changed: dict[str, Any] = {k: v for k, v in {**named, **sized}.items() if v is not None}
+    changed["user_options"] = {**suite.user_options, **o.engine_options}
     if o.thresholds:
         changed["thresholds"] = {
             cls: replace(t, **_checked_thresholds(o.thresholds)) for cls, t in suite.thresholds.items()
@@ -179,6 +193,26 @@ def parse_threshold(text: str) -> tuple[str, Any]:
     if value is None:
         raise ConfigError(f"{text!r} is not NAME=VALUE", where="--repro-threshold", fix="e.g. max_divergent=0")
     _checked_thresholds({name.strip(): value}, where="--repro-threshold")
+    return name.strip(), value
+
+
+def parse_engine_option(text: str) -> tuple[str, Any]:
+    """`NAME=VALUE` of `--repro-engine-option` as TOML would read it, plain text where it is no TOML: `max_num_seqs=16`.
+
+    Raises:
+        ConfigError: not of that form.
+    """
+    name, eq, raw = text.partition("=")
+    if not eq or not name.strip():
+        raise ConfigError(
+            f"{text!r} is not NAME=VALUE", where="--repro-engine-option", fix="e.g. tensor_parallel_size=2"
+        )
+    try:
+        value = tomllib.loads(f"x = {raw.strip()}")["x"]
+    except tomllib.TOMLDecodeError:
+        value = raw.strip()
+    if not isinstance(value, str | int | float | bool):
+        raise ConfigError(f"{text!r}: a string, a number or a boolean", where="--repro-engine-option")
     return name.strip(), value
 
 
@@ -251,7 +285,7 @@ def from_table(table: Mapping[str, Any], *, folder: Path, prompts: tuple[Prompt,
         model=head["model"],
         prompts=prompts,
         engine=head.get("engine", "transformers"),
-        engine_options=table.get("engine", {}),
+        engine_tables=_engine_tables(head.get("engine", "transformers"), table.get("engine", {})),
         scorer=head.get("scorer", "last-number"),
         pattern=head.get("pattern", ""),
         numerics=tuple(table.get("run", {}).get("numerics", ("native",))),
@@ -260,6 +294,12 @@ def from_table(table: Mapping[str, Any], *, folder: Path, prompts: tuple[Prompt,
         },
         **table.get("generation", {}),
     )
+
+
+def _engine_tables(own: str, table: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    named = {name: dict(value) for name, value in table.items() if isinstance(value, Mapping)}
+    plain = {name: value for name, value in table.items() if not isinstance(value, Mapping)}
+    return {**named, own: {**plain, **named.get(own, {})}}
 
 
 def inside(folder: Path, name: str, *, where: str) -> Path:

@@ -24,7 +24,7 @@ LAYERCAST = {f"numerics.layercast.{name}" for name in ("product", "native", "gpu
 HEAVY = {
     "pytest": {"plugin", "testing"},
     "torch": {"engines.transformers", "numerics.fp32", "models", "probe", "precision", "review", *LAYERCAST},
-    "transformers": {"engines.transformers", "models", "numerics.layercast.quantizer"},
+    "transformers": {"engines.transformers", "engines.tokenizer", "models", "numerics.layercast.quantizer"},
     "triton": {"numerics.layercast.gpu"},
     "huggingface_hub": {"models"},
     "typer": {"cli"},

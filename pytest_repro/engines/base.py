@@ -40,7 +40,9 @@ class Spec:
     model: ModelFiles | None = None
     """Files of the model; None for engines that have none."""
     options: Mapping[str, Any] = field(default_factory=dict)
-    """The suite's `[engine]` table."""
+    """The suite's `[engine]` table, and what the user named beyond it."""
+    from_user: frozenset[str] = frozenset()
+    """Options that the user named; the others are data, perhaps from a pull request."""
     say: Callable[[str], None] = lambda _: None
     """Told, in one line, before something that takes long."""
 
@@ -53,7 +55,9 @@ class Engine(Protocol):
     context_length: int | None
     """Most tokens that prompt and answer may have together; None if unknown or without bound."""
     text_only: bool
-    """True if its tokens are not a model's, and its numbers unknown: it decodes, and cannot replay."""
+    """True if its tokens are not a model's, and its numbers unknown."""
+    replays: bool
+    """Whether it can score given tokens; `replay` raises where it cannot, and then there are no benign variants."""
 
     def facts(self) -> Fingerprint:
         """Fingerprint fields of the live engine: what is in force, not what was asked for."""
@@ -100,6 +104,8 @@ REGISTRY: dict[str, Entry] = {
     "transformers": Entry(
         "transformers", needs_model=True, extra="transformers", options=("device", "attention", "round_weights")
     ),
+    "vllm": Entry("vllm", needs_model=True, extra="vllm", options=()),
+    "openai": Entry("openai_http", needs_model=False, extra="openai", options=()),
     "scripted": Entry("scripted", needs_model=False, extra="", options=("script", "fp32", "observed", "jitter")),
 }
 

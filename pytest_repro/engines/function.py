@@ -64,6 +64,7 @@ class FunctionEngine:
 
     context_length: int | None = None
     text_only = True
+    replays = False
 
     def __init__(self, function: Function, name: str, max_new_tokens: int) -> None:
         self.function = function

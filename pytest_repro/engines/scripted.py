@@ -76,6 +76,7 @@ class ScriptedEngine:
     name = "scripted"
     context_length: int | None = None
     text_only = False
+    replays = True
 
     def __init__(
         self,

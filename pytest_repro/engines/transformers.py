@@ -21,7 +21,6 @@ import transformers
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
-    AutoTokenizer,
     GenerationConfig,
     LogitsProcessor,
     LogitsProcessorList,
@@ -34,6 +33,7 @@ from ..generation import Output, Request, Scores, digest
 from ..numerics import layercast
 from ..suite import Prompt
 from .base import Engine, Spec, Tick, no_tick
+from .tokenizer import encode, eos, load_tokenizer
 
 REPLAY_LOGITS = 64 * 2**20
 """Most logits (positions x vocabulary) of one replay batch: 256 MiB as float32."""
@@ -65,6 +65,7 @@ class TransformersEngine:
 
     name = "transformers"
     text_only = False
+    replays = True
 
     def __init__(self, spec: Spec) -> None:
         assert spec.model is not None
@@ -74,10 +75,10 @@ class TransformersEngine:
         self.product = self._prepare()
         with _explained(f"loading {spec.model.reference}", lambda: None):
             config = AutoConfig.from_pretrained(path, trust_remote_code=False)
-            self.tokenizer = AutoTokenizer.from_pretrained(path, padding_side="left", trust_remote_code=False)
+            self.tokenizer = load_tokenizer(path)
             self.model = self._load(path)
         self.context_length: int | None = getattr(config.get_text_config(), "max_position_embeddings", None)
-        self.eos = _eos(self.model, self.tokenizer)
+        self.eos = eos(self.model.generation_config, self.tokenizer)
         # The model's own generation defaults (sampling, penalties) would be merged in: greedy is a mode of its own.
         self.model.generation_config = GenerationConfig(
             do_sample=False,
@@ -156,14 +157,7 @@ class TransformersEngine:
 
     def encode(self, prompt: Prompt) -> list[int]:
         """Chat template with the generation prompt, where there is one; the plain text otherwise."""
-        if isinstance(prompt.content, str) and self.tokenizer.chat_template is None:
-            return list(self.tokenizer(prompt.content)["input_ids"])
-        messages = [{"role": "user", "content": prompt.content}] if isinstance(prompt.content, str) else prompt.content
-        try:
-            encoded = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)
-        except Exception as exc:  # a template is a Jinja program of the model's author: anything may come out
-            raise EngineError(f"the chat template cannot render prompt {prompt.id}: {exc}") from exc
-        return list(encoded["input_ids"])
+        return encode(self.tokenizer, prompt)
 
     def decode(self, tokens: Sequence[int]) -> str:
         """Tokens as text, special tokens spelt out."""
@@ -394,14 +388,6 @@ def _device(name: str | None) -> torch.device:
     if device.type == "cuda" and not torch.cuda.is_available():
         raise EngineError("the suite asks for cuda, and torch sees no CUDA device here", where="[engine.device]")
     return device
-
-
-def _eos(model: Any, tokenizer: Any) -> list[int]:
-    """Ids that end a text: the model's, or the tokenizer's where the model names none."""
-    found = model.generation_config.eos_token_id
-    if found is None:
-        found = tokenizer.eos_token_id
-    return [] if found is None else [found] if isinstance(found, int) else sorted(found)
 
 
 @contextmanager

@@ -7,7 +7,19 @@ from typing import Any
 import pytest
 
 from pytest_repro.errors import ConfigError
-from pytest_repro.suite import Overrides, Prompt, Suite, Thresholds, load, load_prompts, merge, parse_threshold
+from pytest_repro.suite import (
+    Overrides,
+    Prompt,
+    Suite,
+    Thresholds,
+    apply,
+    from_table,
+    load,
+    load_prompts,
+    merge,
+    parse_engine_option,
+    parse_threshold,
+)
 from tests.unit.builders import SUITE_TOML, suite, write_suite
 
 FULL = """
@@ -39,6 +51,39 @@ max_divergent   = 1.0
 """
 
 
+def test_engine_tables_belong_to_engines() -> None:
+    table = {"suite": {"name": "s", "model": "m", "engine": "vllm"},
+             "engine": {"enforce_eager": True, "vllm": {"max_num_seqs": 4}, "openai": {"base_url": "http://x"}}}  # fmt: skip
+    suite = from_table(table, folder=Path(), prompts=(Prompt("a", "A"),))
+    assert suite.engine_options == {"enforce_eager": True, "max_num_seqs": 4}
+    assert apply(suite, Overrides(engine="openai")).engine_options == {"base_url": "http://x"}
+    assert apply(suite, Overrides(engine="transformers")).engine_options == {}
+    named = apply(suite, Overrides(engine_options={"max_num_seqs": 8}))
+    assert named.engine_options == {"enforce_eager": True, "max_num_seqs": 8}
+    assert named.user_options == {"max_num_seqs": 8}
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("a=2", 2),
+        ("a=true", True),
+        ("a=0.5", 0.5),
+        ("a=ray", "ray"),
+        ("a=http://h:1/v1", "http://h:1/v1"),
+        ("a='x y'", "x y"),
+    ],
+)
+def test_engine_options_are_read_as_toml_or_text(text: str, value: object) -> None:
+    assert parse_engine_option(text) == ("a", value)
+
+
+@pytest.mark.parametrize("text", ["a", "=1", "a=[1]", "a={b=1}", "a=2020-01-01"])
+def test_an_engine_option_that_is_none(text: str) -> None:
+    with pytest.raises(ConfigError, match=r"--repro-engine-option"):
+        parse_engine_option(text)
+
+
 def test_everything_in_the_file_is_read(tmp_path: Path) -> None:
     folder = write_suite(
         tmp_path / "wp",
@@ -52,7 +97,7 @@ def test_everything_in_the_file_is_read(tmp_path: Path) -> None:
         model="pypi:x==1/y.gguf",
         prompts=(Prompt("p01", "Hello", "5"), Prompt("p02", [{"role": "user", "content": "Hi"}])),
         engine="scripted",
-        engine_options={"script": "script.jsonl"},
+        engine_tables={"scripted": {"script": "script.jsonl"}},
         scorer="regex",
         pattern=r"(\d+)",
         max_new_tokens=64,
