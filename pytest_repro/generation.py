@@ -203,4 +203,5 @@ def offsets_of(lengths: Iterable[int]) -> NDArray[np.int64]:
 
 def pack(rows: Sequence[NDArray[Any]], dtype: type) -> NDArray[Any]:
     """Lay rows end to end; works for none."""
-    return np.concatenate([np.zeros(0, dtype), *rows]).astype(dtype, copy=False)
+    packed: NDArray[Any] = np.concatenate([np.zeros(0, dtype), *rows]).astype(dtype, copy=False)
+    return packed

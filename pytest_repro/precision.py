@@ -99,34 +99,53 @@ def _crafted(name: str, layer: Any) -> Observation | None:
     precision = _precision(layer)
     if precision is None:
         return None
-    products, sums, answered = precision
-    return Observation(
-        _class_of(products, sums, answered), products, sums, f"{name} answers in {str(answered).removeprefix('torch.')}"
-    )
+    return _of_layer(name, *precision)
+
+
+def _of_layer(name: str, products: float, sums: float, answered: torch.dtype) -> Observation:
+    kind = _class_of(products, sums, answered)
+    return Observation(kind, products, sums, f"{name} answers in {str(answered).removeprefix('torch.')}")
 
 
 MOST_OUTPUTS = 256
 """Outputs of a layer that are held against float64: spread over all of them, since an lm_head has hundreds of thousands."""
+MOST_INPUTS = 256
+"""Inputs of a layer whose weight is read through its answers, one row each."""
 
 
-def _precision(layer: Any) -> tuple[float, float, torch.dtype] | None:
-    """(product bits, sum bits, dtype of the answer) of one linear layer; None for a router that answers otherwise.
+def observe_layer(name: str, apply: Any, width: int, count: int, dtype: torch.dtype, device: Any) -> Observation:
+    """The precision of a layer of which only the answers are seen: its weight may be packed in a form of its own.
 
-    Products: an input with a single nonzero element v makes each output one product w * v, whatever the layer's width;
-    v has all 24 bits of a float32 significand, so that any narrower format on the way shows. Sums: random rows against
-    float64.
+    The weight is read through the layer, by rows of the unit matrix, which every format multiplies exactly.
+
+    Args:
+        name: for the observation.
+        apply: rows of shape (n, width), as `dtype` on `device` -> answers of shape (n, count), without a bias.
+        width: number of inputs.
+        count: number of outputs.
+        dtype: of the inputs.
+        device: of the inputs.
     """
     import torch
 
-    weight = layer.weight.T if _is_conv1d(layer) else layer.weight
-    generator = torch.Generator().manual_seed(20250609)
-    rows, width = 16, weight.shape[1]
-    columns = torch.randint(width, (rows,), generator=generator)
-    values = 1 + torch.rand(rows, generator=generator)
-    single = torch.zeros(rows, width)
-    single[torch.arange(rows), columns] = values
-    dense = torch.randn(8, width, generator=generator)
+    outputs, support = _spread(count, MOST_OUTPUTS), _spread(width, MOST_INPUTS)
 
+    def answer(x: Any) -> tuple[Any, torch.dtype]:
+        y = apply(x.to(device, dtype))
+        return y[:, outputs.to(y.device)].to("cpu", torch.float64), y.dtype
+
+    units = torch.zeros(len(support), width)
+    units[torch.arange(len(support)), support] = 1
+    weight = torch.cat([answer(rows)[0] for rows in units.split(32)]).T
+    products, sums, answered = _measured(answer, weight, width, support)
+    return _of_layer(name, products, sums, answered)
+
+
+def _precision(layer: Any) -> tuple[float, float, torch.dtype] | None:
+    """(product bits, sum bits, dtype of the answer) of one linear layer; None for a router that answers otherwise."""
+    import torch
+
+    weight = layer.weight.T if _is_conv1d(layer) else layer.weight
     outputs = _spread(weight.shape[0], MOST_OUTPUTS)
     exact_weight = weight.detach()[outputs.to(weight.device)].to("cpu", torch.float64)
     # A bias would be added before the answer is rounded, and hide the product's own bits: it is zero for the probe.
@@ -140,19 +159,48 @@ def _precision(layer: Any) -> tuple[float, float, torch.dtype] | None:
         y = raw(x)
         return y[:, outputs.to(y.device)].to("cpu", torch.float64), y.dtype
 
-    if not isinstance(raw(dense), torch.Tensor):
+    width = weight.shape[1]
+    if not isinstance(raw(torch.ones(1, width)), torch.Tensor):
         return None
+    return _measured(answer, exact_weight, width, torch.arange(width))
+
+
+def _measured(answer: Any, weight: Any, width: int, support: Any) -> tuple[float, float, torch.dtype]:
+    """(product bits, sum bits, dtype of the answer) of a layer with a known weight.
+
+    Products: an input with a single nonzero element v makes each output one product w * v, whatever the layer's width;
+    v has all 24 bits of a float32 significand, so that any narrower format on the way shows. Sums: random rows against
+    float64.
+
+    Args:
+        answer: rows of shape (n, width) -> (answers in float64, the dtype they came in).
+        weight: the columns of `support`, float64.
+        width: number of inputs.
+        support: places of the inputs that are not zero.
+    """
+    import torch
+
+    generator = torch.Generator().manual_seed(20250609)
+    rows = 16
+    columns = torch.randint(len(support), (rows,), generator=generator)
+    values = 1 + torch.rand(rows, generator=generator)
+    single = torch.zeros(rows, width)
+    single[torch.arange(rows), support[columns]] = values
+    some_dense = torch.randn(8, len(support), generator=generator)
+    dense = torch.zeros(8, width)
+    dense[:, support] = some_dense
+
     product = total = 0.0
-    wanted = exact_weight[:, columns].T * values.double()[:, None]
+    wanted = weight[:, columns].T * values.double()[:, None]
     size = wanted.abs()
     noticeable = size > 1e-3 * size.max()  # as a subnormal, a tiny product says nothing
-    scale = (dense.double().abs() @ exact_weight.abs().T).clamp(min=1e-300)
+    scale = (some_dense.double().abs() @ weight.abs().T).clamp(min=1e-300)
     for some in (slice(None), slice(0, 1)):  # libraries choose other kernels for a single row
         seen, dtype = answer(single[some])
         errors = ((seen - wanted[some]).abs() / size[some])[noticeable[some]]
         product = max(product, _worst(errors))
         seen, _ = answer(dense[some])
-        total = max(total, _worst((seen - dense[some].double() @ exact_weight.T).abs() / scale[some]))
+        total = max(total, _worst((seen - some_dense[some].double() @ weight.T).abs() / scale[some]))
     return _bits(product), _bits(total), dtype
 
 
@@ -297,6 +345,38 @@ def _product(func: Any, args: Any, kwargs: Any, out: Any) -> Observation | None:
     shapes = " and ".join(str(tuple(a.shape)) for a in args if isinstance(a, torch.Tensor))
     name = f"{getattr(func, '__name__', func)} of {shapes}"
     return _seen(name, _wide(out), exact, scale, ATTENTION_BITS if attention else WATCHED_BITS)
+
+
+def observe_attention(
+    name: str, q: Any, k: Any, v: Any, out: Any, scale: float, softcap: float = 0.0
+) -> Observation | None:
+    """Causal attention of one whole prompt, held against float64.
+
+    Args:
+        name: for the observation.
+        q: queries, shape (T, heads, D).
+        k: keys, shape (T, KV heads, D).
+        v: values, shape (T, KV heads, D).
+        out: the answer, shape (T, heads, D).
+        scale: of the logits.
+        softcap: logits are softcap * tanh(logits / softcap); 0 for none.
+    """
+    import torch
+
+    q, k, v, out = (_wide(t).transpose(0, 1) for t in (q, k, v, out))
+    k, v = (t.repeat_interleave(len(q) // len(k), 0) for t in (k, v))
+    logits = q @ k.transpose(1, 2) * scale
+    logits = softcap * torch.tanh(logits / softcap) if softcap else logits
+    hidden = torch.ones(q.shape[1], k.shape[1], dtype=torch.bool).triu(1)
+    exact = logits.masked_fill(hidden, -math.inf).softmax(-1) @ v
+    size = v.abs().max() * (1 + (q.abs() @ k.abs().transpose(1, 2)).max() * scale)
+    return _seen(name, out, exact, size, ATTENTION_BITS)
+
+
+def observe_narrow(name: str, out: Any) -> Observation | None:
+    """What an answer says that is narrower than FP32; None for any other."""
+    seen = _narrow(None, out)
+    return None if seen is None else replace(seen, detail=seen.detail.replace("None", name, 1))
 
 
 def _seen(name: str, out: Any, exact: Any, scale: Any, enough: float) -> Observation | None:

@@ -100,11 +100,20 @@ class Entry:
     """Keys of the suite's `[engine]` table that it understands."""
 
 
+VLLM_OPTIONS = (
+    "tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size", "distributed_executor_backend",
+    "max_num_seqs", "max_num_batched_tokens", "max_model_len", "enable_prefix_caching", "enable_chunked_prefill",
+    "enforce_eager", "attention_backend", "block_size", "kv_cache_dtype", "kv_cache_memory_bytes",
+    "gpu_memory_utilization", "cpu_offload_gb", "disable_custom_all_reduce", "async_scheduling", "quantization",
+    "round_weights",
+)  # fmt: skip
+"""Options of `[engine.vllm]`; all but the last are arguments of `vllm.LLM` under the same name."""
+
 REGISTRY: dict[str, Entry] = {
     "transformers": Entry(
         "transformers", needs_model=True, extra="transformers", options=("device", "attention", "round_weights")
     ),
-    "vllm": Entry("vllm", needs_model=True, extra="vllm", options=()),
+    "vllm": Entry("vllm", needs_model=True, extra="vllm", options=VLLM_OPTIONS),
     "openai": Entry("openai_http", needs_model=False, extra="openai", options=()),
     "scripted": Entry("scripted", needs_model=False, extra="", options=("script", "fp32", "observed", "jitter")),
 }

@@ -1,0 +1,150 @@
+"""What looks on in vLLM's worker processes, where the model lies: an extension of vLLM's own worker class.
+
+vLLM mixes `Observer` into its worker (`worker_extension_cls`); its methods are called by name, in every worker. They
+answer in JSON: an answer that vLLM cannot carry from process to process would be waited for without end.
+"""
+
+from __future__ import annotations
+
+import json
+from contextlib import ExitStack
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from torch.nn.modules import module as hooks
+
+from .. import numerics, precision, probe
+
+
+class Observer:
+    """Methods of vLLM's worker, beside its own."""
+
+    def repro_enter(self, mode: str) -> str:
+        """Set a numerics mode's switches for as long as this process lives."""
+        self.repro_switches = ExitStack()
+        self.repro_switches.enter_context(numerics.mode(mode).switches())
+        return json.dumps(mode)
+
+    def repro_facts(self) -> str:
+        """The machine as this process sees it, and what vLLM chose for it."""
+        worker: Any = self
+        layers = worker.vllm_config.compilation_config.static_forward_context.values()
+        backends = {layer.attn_backend.get_name() for layer in layers if hasattr(layer, "attn_backend")}
+        return json.dumps(
+            {
+                **probe.torch_facts(torch.device(worker.device)),
+                "attention": ", ".join(sorted(backends)) or "none",
+                "kv_cache_dtype": _narrowest(worker.model_runner.kv_caches),
+            }
+        )
+
+    def repro_layers(self) -> str:
+        """The worst of the linear layers under crafted operands: one or two of every kind that the model has."""
+        worker: Any = self
+        with torch.inference_mode():
+            seen = [_layer(worker, name, layer) for name, layer in _kinds(worker.model_runner.get_model())]
+        worst = min(seen, key=lambda o: (o.product_bits, o.sum_bits), default=None)
+        return json.dumps([asdict(worst)] if worst else [])
+
+    def repro_watch(self) -> str:
+        """Look at every module's answer from now on."""
+        self.repro_watching = _Watch(self)
+        return json.dumps(None)
+
+    def repro_watched(self) -> str:
+        """What was seen since, and what lies in the cache; looking ends."""
+        return json.dumps([asdict(seen) for seen in self.repro_watching.ended()])
+
+    def repro_weight_bytes(self) -> str:
+        """Memory of the model's parameters and buffers, each counted once."""
+        worker: Any = self
+        model = worker.model_runner.get_model()
+        held = {t.data_ptr(): t.nbytes for t in (*model.parameters(), *model.buffers())}
+        return json.dumps(sum(held.values()))
+
+
+def _kinds(model: Any) -> list[tuple[str, Any]]:
+    """The first and the last linear layer of each kind (class, method, shape)."""
+    first: dict[tuple[Any, ...], tuple[str, Any]] = {}
+    last: dict[tuple[Any, ...], tuple[str, Any]] = {}
+    for name, layer in model.named_modules():
+        method = getattr(layer, "quant_method", None)
+        width, count = (getattr(layer, f"{side}_size_per_partition", None) for side in ("input", "output"))
+        if method is None or width is None or count is None or _only_looked_up(layer, model):
+            continue
+        kind = (type(layer), type(method), width, count)
+        first.setdefault(kind, (name, layer))
+        last[kind] = (name, layer)
+    return list({name: (name, layer) for name, layer in (*first.values(), *last.values())}.values())
+
+
+def _only_looked_up(layer: Any, model: Any) -> bool:
+    """An embedding that nothing is multiplied by."""
+    return "Embedding" in type(layer).__name__ and getattr(model, "lm_head", None) is not layer
+
+
+def _layer(worker: Any, name: str, layer: Any) -> precision.Observation:
+    def apply(x: Any) -> Any:
+        return layer.quant_method.apply(layer, x, None)
+
+    return precision.observe_layer(
+        name, apply, layer.input_size_per_partition, layer.output_size_per_partition,
+        worker.vllm_config.model_config.dtype, worker.device,
+    )  # fmt: skip
+
+
+class _Watch:
+    """Hooks on every module, for one prompt of a few tokens."""
+
+    def __init__(self, worker: Any) -> None:
+        self.worker = worker
+        self.model = worker.model_runner.get_model()
+        self.names = {id(module): name for name, module in self.model.named_modules()}
+        self.narrow: list[precision.Observation] = []
+        self.attention: list[precision.Observation] = []
+        self.handle = hooks.register_module_forward_hook(self.saw)
+
+    def saw(self, module: Any, inputs: Any, out: Any) -> None:
+        """One module's answer."""
+        name = self.names.get(id(module))
+        if name is None:
+            return
+        if (seen := precision.observe_narrow(name, out)) is not None:
+            self.narrow.append(seen)
+        if hasattr(module, "impl") and len(inputs) >= 3 and _plain(module):
+            q, k, v = (t.reshape(len(inputs[0]), -1, module.head_size) for t in inputs[:3])
+            cap = float(getattr(module.impl, "logits_soft_cap", 0) or 0)
+            answer = out.reshape(len(inputs[0]), -1, module.head_size)
+            found = precision.observe_attention(name, q, k, v, answer, float(module.impl.scale), cap)
+            self.attention += [found] if found else []
+
+    def ended(self) -> list[precision.Observation]:
+        """What counts: the first narrow answer, the worst attention, a narrow cache, or attention that was not seen."""
+        self.handle.remove()
+        cache = _narrowest(self.worker.model_runner.kv_caches)
+        bits = float(precision.DTYPE_BITS.get(cache, 0))
+        kind = {"bfloat16": "bf16", "float16": "fp16"}.get(cache, "lower")
+        found = [precision.Observation(kind, bits, bits, f"the KV cache holds {cache}")] if 0 < bits < 24 else []
+        worst = min(self.attention, key=lambda o: o.sum_bits, default=None)
+        if worst is None and cache != "none":
+            why = (
+                "attention was not seen (a compiled model: enforce_eager = true shows it; or a kind that is not known)"
+            )
+            found.append(precision.Observation("unknown", 0.0, 0.0, why))
+        return [*found, *self.narrow[:1], *([worst] if worst else [])]
+
+
+def _plain(module: Any) -> bool:
+    """Causal attention without position biases or sinks, which `observe_attention` can hold against float64."""
+    impl = module.impl
+    return (
+        hasattr(impl, "scale") and getattr(impl, "alibi_slopes", None) is None and getattr(impl, "sinks", None) is None
+    )
+
+
+def _narrowest(caches: Any) -> str:
+    """The narrowest dtype among caches, `none` without one."""
+    tensors = [t for cache in caches for t in (cache if isinstance(cache, (list, tuple)) else (cache,))]
+    names = {str(t.dtype).removeprefix("torch.") for t in tensors}
+    return min(names, key=lambda name: precision.DTYPE_BITS.get(name, 0), default="none")
