@@ -183,9 +183,14 @@ class VllmEngine:
         try:
             return self.vllm.LLM(model=path, **self._arguments())
         except (TypeError, ValueError) as exc:
-            given = {name for name in self.spec.options if name in PASSED_THROUGH and name in str(exc)}
+            said = str(exc)
+            given = [
+                name
+                for name, value in self.spec.options.items()
+                if name in PASSED_THROUGH and (name in said or (isinstance(value, str) and repr(value) in said))
+            ]
             if given:
-                raise ConfigError(f"vLLM: {_first_line(exc)}", where=f"[engine.{min(given)}]") from exc
+                raise ConfigError(f"vLLM refuses it: {_of_validation(said)}", where=f"[engine.{given[0]}]") from exc
             raise
 
     def _arguments(self) -> dict[str, Any]:
@@ -467,6 +472,12 @@ def _generation_config(path: str) -> Any:
         return GenerationConfig.from_pretrained(path)
     except OSError:
         return GenerationConfig.from_model_config(AutoConfig.from_pretrained(path, trust_remote_code=False))
+
+
+def _of_validation(said: str) -> str:
+    """What pydantic says is wrong, without its count of errors and its link."""
+    lines = [line.strip() for line in said.splitlines() if line.strip() and "errors.pydantic.dev" not in line]
+    return " ".join(lines[1:] if "validation error" in lines[0] else lines)
 
 
 def _first_line(exc: BaseException) -> str:

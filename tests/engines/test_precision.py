@@ -223,3 +223,47 @@ def test_the_narrowest_part_of_the_cache_counts(folder: Path) -> None:
 
     assert precision._cache_dtype(Out) == "float8_e4m3fn"
     assert precision._cache_dtype(object()) == "none"
+
+
+# --- layers and attention of which only the answers are seen ---------------------------------------------------------
+
+
+def rounded(x: torch.Tensor, bits: int) -> torch.Tensor:
+    """x with so many bits of significand kept, as TF32 (10) or bf16 (7) units keep them."""
+    low = 23 - bits
+    return (((x.contiguous().view(torch.int32) + (1 << (low - 1))) >> low) << low).view(torch.float32)
+
+
+@pytest.mark.parametrize(("bits", "found"), [(23, "fp32"), (10, "tf32"), (7, "bf16")])
+def test_a_layer_that_only_answers(bits: int, found: str) -> None:
+    torch.manual_seed(0)
+    weight = torch.randn(300, 500).bfloat16().float()
+
+    def apply(x: torch.Tensor) -> torch.Tensor:
+        return (rounded(x, bits) if bits < 23 else x) @ weight.T
+
+    seen = precision.observe_layer("layer", apply, 500, 300, torch.float32, "cpu")
+    assert seen.compute_class == found
+    assert seen.detail == "layer answers in float32"
+
+
+@pytest.mark.parametrize("cap", [0.0, 5.0])
+@pytest.mark.parametrize(("bits", "fp32"), [(23, True), (10, False), (7, False)])
+def test_attention_that_only_answers(bits: int, fp32: bool, cap: float) -> None:
+    torch.manual_seed(0)
+    q, k, v = torch.randn(8, 4, 32), torch.randn(8, 2, 32), torch.randn(8, 2, 32)
+    a, b, c = (rounded(t, bits).transpose(0, 1) if bits < 23 else t.transpose(0, 1) for t in (q, k, v))
+    b, c = b.repeat_interleave(2, 0), c.repeat_interleave(2, 0)
+    logits = a @ b.transpose(1, 2) * 0.2
+    logits = cap * torch.tanh(logits / cap) if cap else logits
+    hidden = torch.ones(8, 8, dtype=torch.bool).triu(1)
+    out = (logits.masked_fill(hidden, -torch.inf).softmax(-1) @ c).transpose(0, 1)
+    seen = precision.observe_attention("attention", q, k, v, out, 0.2, cap)
+    assert seen is not None and seen.fp32_class is fp32
+
+
+def test_an_answer_narrower_than_fp32_is_named() -> None:
+    assert precision.observe_narrow("norm", torch.ones(2)) is None
+    assert precision.observe_narrow("norm", torch.ones(2, dtype=torch.long)) is None
+    seen = precision.observe_narrow("norm", (torch.ones(2), torch.ones(2, dtype=torch.float16)))
+    assert seen is not None and seen.compute_class == "fp16" and seen.detail == "norm answers in float16"

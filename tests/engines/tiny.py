@@ -13,7 +13,9 @@ TEMPLATE = (
 )
 
 
-def build(folder: Path, *, seed: int = 0, tied: bool = False, bias: bool = False, context: int = 512) -> Path:
+def build(
+    folder: Path, *, seed: int = 0, tied: bool = False, bias: bool = False, context: int = 512, heads: int = 4
+) -> Path:
     """A model directory of about 200 kB; the same seed gives the same bytes."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {"<eos>": 0, **{char: i + 1 for i, char in enumerate(alphabet)}}
@@ -24,8 +26,8 @@ def build(folder: Path, *, seed: int = 0, tied: bool = False, bias: bool = False
     fast.chat_template = TEMPLATE
     torch.manual_seed(seed)
     config = LlamaConfig(
-        vocab_size=len(vocabulary), hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=context, eos_token_id=0, pad_token_id=0, bos_token_id=None,
+        vocab_size=len(vocabulary), hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=heads,
+        num_key_value_heads=heads // 2, max_position_embeddings=context, eos_token_id=0, pad_token_id=0, bos_token_id=None,
         tie_word_embeddings=tied, attention_bias=bias, initializer_range=0.3,
     )  # fmt: skip
     model = LlamaForCausalLM(config)
