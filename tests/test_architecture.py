@@ -20,11 +20,30 @@ LAYERS = [
     {"gate", "review"},
     {"plugin", "cli", "session", "fixture", "testing"},
 ]
-LAYERCAST = {f"numerics.layercast.{name}" for name in ("product", "native", "gpu", "weight", "model", "quantizer")}
+LAYERCAST = {
+    f"numerics.layercast.{name}" for name in ("product", "native", "gpu", "weight", "model", "quantizer", "vllm")
+}
 HEAVY = {
     "pytest": {"plugin", "testing"},
-    "torch": {"engines.transformers", "numerics.fp32", "models", "probe", "precision", "review", *LAYERCAST},
-    "transformers": {"engines.transformers", "engines.tokenizer", "models", "numerics.layercast.quantizer"},
+    "torch": {
+        "engines.transformers",
+        "engines.vllm",
+        "engines.vllm_worker",
+        "numerics.fp32",
+        "models",
+        "probe",
+        "precision",
+        "review",
+        *LAYERCAST,
+    },
+    "vllm": {"engines.vllm", "numerics.layercast.vllm"},
+    "transformers": {
+        "engines.transformers",
+        "engines.tokenizer",
+        "engines.vllm",
+        "models",
+        "numerics.layercast.quantizer",
+    },
     "triton": {"numerics.layercast.gpu"},
     "huggingface_hub": {"models"},
     "typer": {"cli"},
@@ -33,7 +52,8 @@ HEAVY = {
     "pynvml": {"probe"},
 }
 AT_THE_TOP = {
-    "torch": {"engines.transformers", *LAYERCAST},
+    "torch": {"engines.transformers", "engines.vllm_worker", *LAYERCAST},
+    "vllm": {"numerics.layercast.vllm"},
     "transformers": {"engines.transformers", "numerics.layercast.quantizer"},
     "pytest": {"plugin", "testing"},
 }
