@@ -187,7 +187,8 @@ class VllmEngine:
             given = [
                 name
                 for name, value in self.spec.options.items()
-                if name in PASSED_THROUGH and (name in said or (isinstance(value, str) and repr(value) in said))
+                if name in PASSED_THROUGH
+                and (name in said.replace(" ", "_") or (isinstance(value, str) and repr(value) in said))
             ]
             if given:
                 raise ConfigError(f"vLLM refuses it: {_of_validation(said)}", where=f"[engine.{given[0]}]") from exc
@@ -476,7 +477,8 @@ def _generation_config(path: str) -> Any:
 
 def _of_validation(said: str) -> str:
     """What pydantic says is wrong, without its count of errors and its link."""
-    lines = [line.strip() for line in said.splitlines() if line.strip() and "errors.pydantic.dev" not in line]
+    stripped = (line.partition(" [type=")[0].strip() for line in said.splitlines())
+    lines = [line for line in stripped if line and "errors.pydantic.dev" not in line]
     return " ".join(lines[1:] if "validation error" in lines[0] else lines)
 
 
