@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from typing import Any
 
 import numpy as np
 
@@ -109,22 +110,27 @@ def against(result: SuiteResult, golden: Golden, suite: Suite, allowed: frozense
     return replace(
         result,
         prompts=tuple(prompts),
-        golden={
-            "name": golden.stem,
-            "digest": golden.digest,
-            "recorded": golden.fingerprint.get("time"),
-            "engine": f"{golden.fingerprint.get('engine')} {golden.fingerprint.get('engine_version') or ''}".strip(),
-            "batch_size": golden.batch_size,
-            "review": asdict(golden.review) if golden.review else None,
-            "accuracy": golden.accuracy,
-            "mean_abs_dlogp": golden.noise.mean_abs_dlogp,
-        },
+        golden=described(golden),
         thresholds=suite.thresholds_for(result.claimed or observed),
         environment_diff=tuple(changes),
         equal_fields=fingerprint.equal_count(golden.fingerprint, result.environment),
         envelope_deficit=golden.noise.max_deficit,
         notes=notes,
     )
+
+
+def described(golden: Golden) -> dict[str, Any]:
+    """A golden as a result names it."""
+    return {
+        "name": golden.stem,
+        "digest": golden.digest,
+        "recorded": golden.fingerprint.get("time"),
+        "engine": f"{golden.fingerprint.get('engine')} {golden.fingerprint.get('engine_version') or ''}".strip(),
+        "batch_size": golden.batch_size,
+        "review": asdict(golden.review) if golden.review else None,
+        "accuracy": golden.accuracy,
+        "mean_abs_dlogp": golden.noise.mean_abs_dlogp,
+    }
 
 
 def _notes(golden: Golden, suite: Suite, result: SuiteResult, changes: Sequence[fingerprint.Change]) -> tuple[str, ...]:

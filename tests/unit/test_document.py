@@ -13,7 +13,7 @@ from pytest_repro.judging import Gathered
 from pytest_repro.report import document
 from pytest_repro.result import Recording, SuiteResult, Texts
 from pytest_repro.verdict import Verdict
-from tests.unit.builders import BF16, IDENTITY, generation, golden, judged, output, suite, suite_result
+from tests.unit.builders import BF16, IDENTITY, SETTINGS, generation, golden, judged, output, suite, suite_result
 
 
 def checked(watched: list[float] | None) -> SuiteResult:
@@ -22,19 +22,19 @@ def checked(watched: list[float] | None) -> SuiteResult:
     then = golden(generation(output("a", [1, 2]), output("b", [4])), scores=(True, True))
     now = generation(output("a", [1, 9], watched=watched), output("b", [4]))
     start = judging.blank(of, "bf16", "bf16", None, "golden/s")
-    start = judging.against(judging.replace(start, environment=IDENTITY, observed=BF16), then, of, frozenset())
+    start = judging.replace(start, environment=IDENTITY, observed=BF16, settings=SETTINGS)
+    start = judging.against(start, then, of, frozenset())
     evidence = Gathered(None, compare_decode(then.generation, now), now)
     return judging.judge_all(start, of, then, evidence, lambda tokens: "\ud800\x1b", False)
 
 
+BLANK = judging.replace(judging.blank(suite("a"), "fp32", "fp32", None, ""), settings=SETTINGS)
 RESULTS = {
     "passed": suite_result(judged("a"), judged("b", score_golden=True, score_now=False)),
     "judged": checked([-0.5, -0.75]),
     "judged-unknown": checked(None),
-    "missing": judging.broken(
-        judging.blank(suite("a"), "fp32", "fp32", None, ""), GoldenMissing("none", fix="record it")
-    ),
-    "error": judging.broken(judging.blank(suite("a"), "fp32", "fp32", None, ""), EngineError("out of memory")),
+    "missing": judging.broken(BLANK, GoldenMissing("none", fix="record it")),
+    "error": judging.broken(BLANK, EngineError("out of memory")),
     "odd": suite_result(
         judged("a", Verdict.DRIFT, divergence_index=0, golden_text=Texts("\x1b", "\ud800", "é"), deficit=0.5),
         environment_diff=(Change("torch", "numerics", None, "2.14"), Change("gpu.mig", "numerics", True, 1.5)),

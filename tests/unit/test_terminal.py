@@ -175,7 +175,7 @@ def test_a_long_value_is_cut() -> None:
 def test_a_recording() -> None:
     noise = {"mean_abs_dlogp": 0.5, "max_deficit": 0.25}
     record = {"prompts": 3, "golden": "bf16.pending.jsonl", "changed": None, "accuracy": None, "seconds": 2.0,
-              "noise": noise, "path": "golden/s"}  # fmt: skip
+              "noise": noise, "path": "golden/s", "shard": None}  # fmt: skip
     lines = [text for text, _ in terminal.recording(record)]
     assert "3 prompts as bf16.pending.jsonl: nothing to compare with, 2 s" in lines[0]
     assert "mean |Δlogp| 0.5" in lines[1] and lines[-1].endswith("pytest-repro review golden/s")
