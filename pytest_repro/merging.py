@@ -71,18 +71,18 @@ def _must_agree(golden: Golden) -> dict[str, Hashable]:
     """Everything that decides what was asked and how it was computed."""
     part = _part(golden)
     return {
+        **{name: value for name, value in golden.fingerprint.items() if class_of(name) != "information"},
         "suite": golden.suite,
         "model": golden.model,
         "compute_class": golden.stem,
-        "numerics": golden.numerics,
-        "max_new_tokens": golden.max_new_tokens,
-        "batch_size": golden.batch_size,
+        "mode": golden.numerics,
+        "generation.max_new_tokens": golden.max_new_tokens,
+        "generation.batch_size": golden.batch_size,
         "size": part.size,
         "prompts": part.prompts,
         "scorer": part.scorer,
         "noise.compute_class": golden.noise.compute_class,
         "noise.variants": ", ".join(v.name for v in golden.noise.variants),
-        **{name: value for name, value in golden.fingerprint.items() if class_of(name) != "information"},
     }
 
 

@@ -167,7 +167,9 @@ def visible_gpus(environment: Mapping[str, str]) -> tuple[str, ...]:
     if named is None:
         return tuple(map(str, range(count)))
     names = [name.strip() for name in named.split(",")]
-    known = list(takewhile(lambda n: n.startswith(("GPU-", "MIG-")) or (n.isdecimal() and int(n) < count), names))
+    known = list(
+        takewhile(lambda n: n.startswith(("GPU-", "MIG-")) or (n.isascii() and n.isdecimal() and int(n) < count), names)
+    )
     return tuple(known) if len(set(known)) == len(known) else ()  # CUDA shows none of a list that names one twice
 
 

@@ -284,20 +284,20 @@ def parse_engine_option(text: str) -> tuple[str, Any]:
     return name.strip(), value
 
 
-def thresholds(table: Mapping[str, Any], where: str = "thresholds") -> Thresholds:
+def thresholds(table: Mapping[str, Any], *, where: str, fix: str) -> Thresholds:
     """Thresholds from a table, as they stand in a report.
 
     Raises:
         ConfigError: no such threshold, or a value it cannot have.
     """
-    return Thresholds(**_checked_thresholds(table, where))
+    return Thresholds(**_checked_thresholds(table, where, fix))
 
 
-def _checked_thresholds(table: Mapping[str, Any], where: str = "thresholds") -> dict[str, Any]:
+def _checked_thresholds(table: Mapping[str, Any], where: str = "thresholds", fix: str = "") -> dict[str, Any]:
     error = schemas.first_error(dict(table), "suite", "thresholds")
     if error is not None:
         name = ".".join(map(str, error.absolute_path))
-        raise ConfigError(schemas.describe(error), where=f"{where} {name}".strip())
+        raise ConfigError(schemas.describe(error), where=f"{where} {name}".strip(), fix=fix)
     return {k: tuple(v) if k == "length_ratio" else v for k, v in table.items()}
 
 

@@ -115,7 +115,7 @@ def _result(suite: Mapping[str, Any], where: str) -> SuiteResult:
         name=suite["name"],
         path=suite["path"],
         numerics=suite["numerics"],
-        thresholds=thresholds(suite["thresholds"], where=f"{where} [thresholds]"),
+        thresholds=thresholds(suite["thresholds"], where=f"{where} [thresholds]", fix=_MADE_BY),
         size=suite["size"],
         prompts=tuple(_prompt_result(p) for p in suite["prompts"]),
         checks=tuple(Check(**check) for check in suite["checks"]),
