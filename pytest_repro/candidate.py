@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -47,7 +48,19 @@ def with_notes(golden: Golden, previous: Golden | None) -> Golden:
             }
         )
     rows += [{"id": name, "verdict": "new"} for name in golden.generation.ids if name not in there]
-    gone = [
-        {"id": name, "verdict": "removed"} for name in previous.generation.ids if name not in golden.generation.index()
-    ]
-    return replace(golden, candidate={"against": previous.digest, "prompts": [*rows, *gone]})
+    here = golden.generation.index()
+    gone = [{"id": name, "verdict": "removed"} for name in previous.generation.ids if name not in here]
+    # What a part lacks, another part has.
+    return replace(golden, candidate={"against": previous.digest, "prompts": rows if golden.part else [*rows, *gone]})
+
+
+def of_parts(golden: Golden, parts: Sequence[Golden], previous: Golden | None) -> Golden:
+    """A candidate that was merged, with the notes of its parts where they were made against the same golden.
+
+    Notes made while recording know deficits that the files do not hold.
+    """
+    fresh: Mapping[str, Any] = with_notes(golden, previous).candidate or {}
+    notes = [part.candidate for part in parts if part.candidate and part.candidate["against"] == fresh["against"]]
+    told = {note.get("id"): note for each in notes for note in each["prompts"]}
+    prompts = [told.get(note["id"], note) for note in fresh["prompts"]]
+    return replace(golden, candidate={**fresh, "prompts": prompts, "parts": [part.digest for part in parts]})

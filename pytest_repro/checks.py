@@ -2,40 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
 
 from .accuracy import PairedTest, paired_test
-from .golden import Golden
-from .result import Check, PromptResult, SuiteResult
+from .result import Check, SuiteResult
 from .verdict import Verdict
 
-Lengths = Callable[[PromptResult], tuple[int, int] | None]
-"""A prompt's number of answer tokens (then, now); None where it was not generated and would differ."""
+IN_A_SHARD = "over the whole suite only: pytest-repro merge --report OUT.json, with the reports of all shards"
 
 
-def summed_up(result: SuiteResult, golden: Golden, lengths: Lengths) -> SuiteResult:
+def summed_up(result: SuiteResult) -> SuiteResult:
     """The judged prompts with the suite's checks, metrics and next steps added."""
     test = _paired(result)
-    ratio = _length_ratio(result, lengths)
-    checks = (_golden(result, golden), _compute(result), _accuracy(result, test), _length(result, ratio))
-    result = replace(result, checks=checks, metrics=_metrics(result, golden, test, ratio))
+    ratio = _length_ratio(result)
+    checks = (_golden(result), _compute(result), _accuracy(result, test), _length(result, ratio))
+    result = replace(result, checks=checks, metrics=_metrics(result, test, ratio))
     return replace(result, next_steps=_next_steps(result))
 
 
-def _golden(result: SuiteResult, golden: Golden) -> Check:
-    if golden.review is None:
-        return Check("golden", "fail", f"{golden.stem}.golden was never reviewed: pytest-repro review {result.path}")
+def _golden(result: SuiteResult) -> Check:
+    assert result.golden is not None
+    name, review = result.golden["name"], result.golden["review"]
+    if review is None:
+        return Check("golden", "fail", f"{name}.golden was never reviewed: pytest-repro review {result.path}")
     barred = [c for c in result.environment_diff if c.cls == "identity"]
     if barred and any(p.verdict == Verdict.INCOMPARABLE for p in result.prompts):
         return Check(
             "golden",
             "fail",
-            f"{golden.stem}.golden answers another question: {', '.join(c.field for c in barred)} differ",
+            f"{name}.golden answers another question: {', '.join(c.field for c in barred)} differ",
         )
-    return Check("golden", "pass", f"{golden.stem}.golden, accepted by {golden.review.by}")
+    return Check("golden", "pass", f"{name}.golden, accepted by {review['by']}")
 
 
 def _compute(result: SuiteResult) -> Check:
@@ -61,6 +60,8 @@ def _waiver(result: SuiteResult) -> str:
 
 def _paired(result: SuiteResult) -> PairedTest | None:
     """The paired test, if every prompt with an answer has a score then and now."""
+    if result.shard is not None:
+        return None
     scored = [(p.score_golden, p.score_now) for p in result.prompts if p.score_golden is not None]
     complete = all(now is not None for _, now in scored) and len(result.prompts) == result.size and result.compared
     if not scored or not complete or any(p.verdict in (Verdict.ERROR, Verdict.MISSING) for p in result.prompts):
@@ -71,7 +72,9 @@ def _paired(result: SuiteResult) -> PairedTest | None:
 def _accuracy(result: SuiteResult, test: PairedTest | None) -> Check:
     if test is None:
         why = "no prompt has an answer to score"
-        if result.counts.get(Verdict.ERROR) or result.counts.get(Verdict.MISSING):
+        if result.shard is not None:
+            why = IN_A_SHARD
+        elif result.counts.get(Verdict.ERROR) or result.counts.get(Verdict.MISSING):
             why = "not every prompt could be answered"
         elif len(result.prompts) < result.size:
             why = "only a part of the suite was selected"
@@ -89,27 +92,26 @@ def _accuracy(result: SuiteResult, test: PairedTest | None) -> Check:
 
 def _length(result: SuiteResult, ratio: float | None) -> Check:
     if ratio is None:
-        return Check("length", "skip", "not judged: not every prompt was generated")
+        why = IN_A_SHARD if result.shard is not None else "not every prompt was generated"
+        return Check("length", "skip", f"not judged: {why}")
     low, high = result.thresholds.length_ratio
     status = "pass" if low <= ratio <= high else "fail"
     return Check("length", status, f"mean output length is {ratio:.3f} of the golden's, allowed {low} to {high}")
 
 
-def _length_ratio(result: SuiteResult, lengths: Lengths) -> float | None:
-    if len(result.prompts) != result.size or any(p.method == "" for p in result.prompts):
+def _length_ratio(result: SuiteResult) -> float | None:
+    if result.shard is not None or len(result.prompts) != result.size or any(p.method == "" for p in result.prompts):
         return None
-    pairs = [lengths(p) for p in result.prompts]
-    if any(pair is None for pair in pairs) or not pairs:
+    then, now = [p.tokens for p in result.prompts], [p.tokens_now for p in result.prompts]
+    if None in now or not sum(n or 0 for n in then):
         return None
-    then, now = (sum(pair[k] for pair in pairs if pair) for k in (0, 1))
-    return now / then if then else None
+    return sum(n or 0 for n in now) / sum(n or 0 for n in then)
 
 
-def _metrics(
-    result: SuiteResult, golden: Golden, test: PairedTest | None, ratio: float | None
-) -> dict[str, float | int | None]:
+def _metrics(result: SuiteResult, test: PairedTest | None, ratio: float | None) -> dict[str, float | int | None]:
     """Names as in arXiv 2506.09501 (§3.1, App. E) where it has them."""
-    counts = result.counts
+    assert result.golden is not None
+    counts, golden = result.counts, result.golden
     parted = [p.divergence_index for p in result.prompts if p.divergence_index is not None]
     moved = [p.mean_abs_dlogp for p in result.prompts if p.mean_abs_dlogp is not None]
     compared = sum(p.method != "" for p in result.prompts)
@@ -120,8 +122,8 @@ def _metrics(
         "div_percent": 100 * len(parted) / compared if compared else None,
         "mean_div_index": float(np.mean(parted)) if parted else None,
         "mean_abs_dlogp": float(np.mean(moved)) if moved else None,
-        "benign_abs_dlogp": golden.noise.mean_abs_dlogp,
-        "accuracy_golden": test.golden if test else golden.accuracy,
+        "benign_abs_dlogp": golden["mean_abs_dlogp"],
+        "accuracy_golden": test.golden if test else golden["accuracy"],
         "accuracy_now": test.now if test else None,
         "accuracy_p_value": test.p_value if test else None,
         "accuracy_smallest_drop": test.smallest_drop if test else None,

@@ -1,6 +1,6 @@
-"""The `pytest-repro` shell: review, accept, reject, pending, diff, show, env. Needs neither torch nor an engine.
+"""The `pytest-repro` shell: review, accept, reject, merge, pending, diff, show, env. Needs neither torch nor an engine.
 
-Exit codes: 0 done; 1 something is pending (`pending`) or differs (`diff`); 2 bad usage or input.
+Exit codes: 0 done; 1 something is pending (`pending`), differs (`diff`) or fails (`merge --report`); 2 bad usage or input.
 """
 
 from __future__ import annotations
@@ -17,9 +17,11 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from . import __version__, probe, review, store
+from . import __version__, merging, probe, review, store
 from .errors import ConfigError, ReproError
 from .golden import Golden
+from .report import document, terminal
+from .result import SuiteResult
 from .store import Place
 from .text import inert
 
@@ -73,13 +75,17 @@ def pending(path: Where = Path("golden"), as_json: AsJson = False) -> None:
     else:
         for place in found:
             console.print(Text(f"{place.text}  {_line(review.summary(place))}"))
-        console.print(Text(f"next  pytest-repro review {path}", style="bold"))
+        command = "merge" if any(place.shard for place in found) else "review"
+        console.print(Text(f"next  pytest-repro {command} {path}", style="bold"))
     raise typer.Exit(1 if found else 0)
 
 
 def _line(summary: dict[str, Any]) -> str:
     if summary["error"]:
         return f"cannot be read: {summary['error']}"
+    if summary["part"]:
+        part = summary["part"].replace("/", " of ")
+        return f"{summary['prompts']} prompts; this is a part, {part}: pytest-repro merge first"
     changed = "new" if summary["against"] is None else f"{summary['changed']} of {summary['prompts']} prompts changed"
     return f"{summary['prompts']} prompts, {changed}"
 
@@ -158,6 +164,7 @@ def accept(
 ) -> None:
     """Accept pending goldens without a terminal: --all and a reason."""
     found = _chosen(path, every, "accept")
+    _refuse_parts(found)
     for place in found:
         golden = store.accept(
             place, by=probe.author(place.folder), reason=reason, commit=review.commit_of(place.folder)
@@ -179,7 +186,7 @@ def reject(path: Where = Path("golden"), every: All = False) -> None:
 def _chosen(path: Path, every: bool, verb: str) -> list[Place]:
     """Pending goldens to act on: all below a folder with --all, or the one that PATH names."""
     if path.is_file() and path.name.endswith(f"{store.PENDING}.jsonl"):
-        return [Place(path.parent, path.name.removesuffix(f"{store.PENDING}.jsonl"), store.PENDING)]
+        return [Place.named(path, store.PENDING)]
     found = store.pending(path)
     if not found:
         raise ConfigError("nothing is pending here", where=path, fix=f"pytest --repro-update {path}")
@@ -191,6 +198,49 @@ def _chosen(path: Path, every: bool, verb: str) -> list[Place]:
     return found
 
 
+def _refuse_parts(found: list[Place]) -> None:
+    for place in found:
+        if place.shard is not None:
+            raise store.a_part(place)
+
+
+@app.command()
+@_reported
+def merge(
+    paths: Annotated[list[Path], typer.Argument(help="Folders of suites; with --report, reports of shards.")],
+    report: Annotated[Path | None, typer.Option("--report", help="Merge reports into this file.")] = None,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Everything, as pytest -v shows it.")] = False,
+) -> None:
+    """Put shards together: pending parts of goldens into candidates to review, or (--report) reports of a check.
+
+    A merged report is judged as a whole: accuracy, length, and thresholds over all prompts; exit 1 if it fails.
+    """
+    if report is None:
+        for place, parts in [merged for path in paths for merged in store.merge(path)]:
+            console.print(Text(f"merged {place.text} from {parts} parts", style="green"))
+            console.print(Text(f"next  pytest-repro review {place.folder}", style="bold"))
+        return
+    if report.resolve() in {path.resolve() for path in paths} or report.is_dir():
+        raise ConfigError("this is a folder, or one of the reports to merge", where=report, fix="name another file")
+    suites = _merged(paths)
+    document.write(report, document.of_session(suites, []))
+    for suite in sorted(suites, key=lambda s: s["verdict"] == "fail"):
+        console.rule(Text(terminal.title(suite)), characters="=")
+        for line, style in terminal.lines(suite, verbose=verbose):
+            console.print(Text(line, style=style))
+    console.print(Text(f"repro: report written to {report}"))
+    raise typer.Exit(1 if any(suite["verdict"] == "fail" for suite in suites) else 0)
+
+
+def _merged(reports: list[Path]) -> list[dict[str, Any]]:
+    """Every suite and mode of some reports, its shards merged."""
+    shards: dict[tuple[str, str], list[tuple[str, SuiteResult]]] = {}
+    for path in reports:
+        for result in document.read(path):
+            shards.setdefault((result.path, result.numerics), []).append((str(path), result))
+    return [document.of_suite(merging.result_of(found)) for found in shards.values()]
+
+
 @app.command(name="review")
 @_reported
 def review_command(path: Where = Path("golden")) -> None:
@@ -199,6 +249,7 @@ def review_command(path: Where = Path("golden")) -> None:
     if not found:
         console.print(f"nothing is pending under {path}")
         return
+    _refuse_parts(found)
     if not sys.stdin.isatty():
         raise ConfigError(
             f"{len(found)} pending, and there is no terminal to ask on",

@@ -20,13 +20,13 @@ from . import candidate, judging, models, noise, numerics, probe, store
 from .arbiter import arbitrate
 from .comparison import Comparison, compare_decode, compare_replay
 from .engines.base import Engine, Opener, Spec, needs_model, opener
-from .errors import ConfigError, EngineError, GoldenError, GoldenMissing, ReproError
+from .errors import ConfigError, EngineError, GoldenMissing, ReproError
 from .fingerprint import Fingerprint
 from .generation import Generation, Output, Request, Scores
-from .golden import Golden
+from .golden import Golden, Part
 from .judging import Gathered
 from .result import Recording, SuiteResult
-from .suite import Prompt, Suite
+from .suite import Prompt, Shard, Suite
 from .verdict import Judgement, Verdict
 
 Method = Literal["auto", "replay", "decode"]
@@ -79,6 +79,8 @@ class Options:
     """A test's own engine, in the suite's engine's place."""
     selected: frozenset[str] | None = None
     """Prompt ids that are asked for; None: all. Their batches run whole all the same."""
+    shard: Shard | None = None
+    """The part of the suite that this process takes; None: all of it."""
     shown_path: str = ""
     """The suite's folder as the user would type it."""
 
@@ -87,7 +89,10 @@ def check(suite: Suite, mode: str, options: Options, show: Progress | None = Non
     """Check a suite in one numerics mode against its golden. Never raises a `ReproError`: what broke is a verdict."""
     started, show = time.monotonic(), show or Silent()
     claimed = numerics.mode(mode).compute_class
-    result = judging.blank(suite, mode, claimed, options.selected, options.shown_path)
+    result = judging.blank(suite, mode, claimed, options.selected, options.shown_path, options.shard)
+    result = replace(result, settings=_settings(suite, options))
+    if not result.shard_size:
+        return judging.idle(result)
     try:
         expect_golden(suite, mode, options)
         with live(suite, mode, options, show) as engine:
@@ -111,10 +116,24 @@ def check(suite: Suite, mode: str, options: Options, show: Progress | None = Non
     return replace(result, seconds=time.monotonic() - started)
 
 
+def _settings(suite: Suite, options: Options) -> dict[str, str | int | None]:
+    return {
+        "prompts": suite.digest_of_prompts(),
+        "max_new_tokens": suite.max_new_tokens,
+        "batch_size": suite.batch_size,
+        "engine": suite.engine,
+        "scorer": suite.scorer_spelt,
+        "method": options.method,
+        "arbiter": options.arbiter,
+        "allow_changed": ", ".join(sorted(options.allow_changed)),
+        "golden": options.golden,
+    }
+
+
 def record(
     suite: Suite, mode: str, options: Options, show: Progress | None = None, folder: Path | None = None
 ) -> Recording:
-    """Record a candidate for a golden, with its noise envelope, and leave it pending.
+    """Record a candidate for a golden (or a shard's part of one), with its noise envelope, and leave it pending.
 
     Raises:
         ReproError: a prompt without an answer, or the engine failed; nothing is left behind then.
@@ -123,11 +142,11 @@ def record(
     try:
         with live(suite, mode, options, show) as engine:
             stem = _recorded_as(engine, mode, options.golden)
-            previous = _previous(store.Place(suite.folder, stem))
+            previous = store.Place(suite.folder, stem).trusted()
             golden = candidate.with_notes(_recorded(engine, suite, mode, stem, previous, options, show), previous)
     finally:
         show.close()
-    place = store.Place(folder or suite.folder, stem, store.PENDING)
+    place = store.Place(folder or suite.folder, stem, store.PENDING, options.shard)
     place.write(golden)
     notes = (golden.candidate or {})["prompts"]
     return Recording(
@@ -141,6 +160,7 @@ def record(
         noise={"mean_abs_dlogp": golden.noise.mean_abs_dlogp, "max_deficit": golden.noise.max_deficit},
         seconds=time.monotonic() - started,
         environment=golden.fingerprint,
+        shard=str(options.shard) if options.shard else None,
     )
 
 
@@ -166,12 +186,13 @@ def _recorded_as(engine: Engine, mode: str, name: str | None) -> str:
 def _recorded(
     engine: Engine, suite: Suite, mode: str, stem: str, previous: Golden | None, options: Options, show: Progress
 ) -> Golden:
-    """Every prompt decoded and scored, and the noise around it measured."""
-    requests = _watching(_requests(engine, suite), previous)
+    """Every prompt (of the shard) decoded and scored, and the noise around it measured."""
+    shard = options.shard
+    requests = _watching(_requests(engine, suite, shard), previous)
     for request in requests:
         if why := judging.too_long(engine.context_length, suite, request):
             raise ConfigError(why, where=f"{suite.folder} prompt {request.id}", fix="nothing was recorded")
-    generation = Generation.of(requests, _decode(engine, suite, requests, range(len(suite.prompts)), "record", show))
+    generation = Generation.of(requests, _decode(engine, suite, requests, suite.batches_of(shard), "record", show))
     if generation.errors:
         name, why = next(iter(generation.errors.items()))
         raise EngineError(f"prompt {name} has no answer: {why}", fix="nothing was recorded")
@@ -188,7 +209,12 @@ def _recorded(
         generation=generation,
         scores=judging.scores(suite, generation.texts, generation.ids, options.allow_code),
         noise=_envelope(engine, compute_class, requests, generation, show),
+        part=None if shard is None else _part(suite, shard),
     )
+
+
+def _part(suite: Suite, shard: Shard) -> Part:
+    return Part(shard.index, shard.count, len(suite.prompts), suite.digest_of_prompts(), suite.scorer_spelt)
 
 
 def expect_golden(suite: Suite, mode: str, options: Options) -> None:
@@ -246,23 +272,23 @@ def gather(
     engine: Engine, suite: Suite, golden: Golden, result: SuiteResult, options: Options, show: Progress
 ) -> Gathered:
     """Run what the method asks for, and compare it with the golden (DESIGN section 5)."""
-    requests = _watching(_requests(engine, suite), golden)
+    requests = _watching(_requests(engine, suite, options.shard), golden)
     comparable = {p.id for p in result.prompts if p.verdict == Verdict.IDENTICAL}
     found = judging.unanswerable(engine.context_length, suite, requests, golden, comparable, options.allow_changed)
-    wanted = [i for i, p in enumerate(suite.prompts) if p.id in comparable and p.id not in found]
+    wanted = {r.id for r in requests if r.id in comparable and r.id not in found}
     method = options.method if engine.replays or options.method != "auto" else "decode"
     replayed: Comparison | None = None
     scores: dict[str, Scores] = {}
     if method != "decode" and wanted:
-        replayed, failed, scores = _replay(engine, golden, [requests[i] for i in wanted], show)
+        replayed, failed, scores = _replay(engine, golden, [r for r in requests if r.id in wanted], show)
         found |= failed
     if method == "replay" or not wanted:
         return Gathered(replayed, None, None, found, scores)
 
-    places = set(wanted)
+    places = {i for i, p in enumerate(suite.prompts) if p.id in wanted}
     if replayed is not None:
         doubted = judging.doubtful(replayed, golden)
-        sample = next(suite.batches())  # fixed: the first batch, as far as it is asked for
+        sample = suite.batches_of(options.shard)[0]  # fixed: the first batch (of the shard), as far as it is asked for
         batches = [b for b in suite.batches() if b == sample or any(suite.prompts[i].id in doubted for i in b)]
         places = {i for b in batches for i in b} & places
         if not places:
@@ -278,14 +304,19 @@ def gather(
 
 
 def _arbitrate(
-    engine: Engine, suite: Suite, golden: Golden, gathered: Gathered, result: SuiteResult, show: Progress
+    engine: Engine,
+    suite: Suite,
+    golden: Golden,
+    gathered: Gathered,
+    result: SuiteResult,
+    show: Progress,
 ) -> SuiteResult:
     """Drifting prompts of a 16-bit run under FP32-class compute, on the model already loaded."""
     drifting = {p.id for p in result.prompts if p.verdict == Verdict.DRIFT and p.id in gathered.scores}
     observed = (result.observed or {}).get("compute_class")
     if not drifting or observed in ("fp32", "exact", "unknown") or observed != golden.compute_class:
         return result  # two roundings of one kind are compared: what a golden of another class would show is no news
-    requests = [r for r in _watching(_requests(engine, suite), golden) if r.id in drifting]
+    requests = [r for r in _watching(_requests(engine, suite, result.shard), golden) if r.id in drifting]
     tick = show.phase("arbiter", sum(len(r.reference) for r in requests if r.reference is not None))
     try:
         scores = engine.replay_fp32(requests, tick)
@@ -315,17 +346,22 @@ def _decode_and_pack(
 ) -> tuple[Generation, dict[str, Judgement]]:
     """Decode every batch that holds one of the places, whole; keep what was asked for and has an answer."""
     able = [r for r in requests if r.id not in found]
-    outputs = _decode(engine, suite, able, places, "decode", show)
+    batches = [batch for batch in suite.batches() if any(i in places for i in batch)]
+    outputs = _decode(engine, suite, able, batches, "decode", show)
     failed = {o.id: Judgement(Verdict.ERROR, o.error) for o in outputs if o.error}
     asked = {suite.prompts[i].id for i in places} - set(failed)
     return Generation.of(able, [o for o in outputs if o.id in asked]), failed
 
 
 def _decode(
-    engine: Engine, suite: Suite, requests: Sequence[Request], places: set[int] | range, label: str, show: Progress
+    engine: Engine,
+    suite: Suite,
+    requests: Sequence[Request],
+    batches: Sequence[Sequence[int]],
+    label: str,
+    show: Progress,
 ) -> list[Output]:
     by_id = {r.id: r for r in requests}
-    batches = [batch for batch in suite.batches() if any(i in places for i in batch)]
     tick = show.phase(label, sum(map(len, batches)) * suite.max_new_tokens)
     outputs: list[Output] = []
     for batch in batches:
@@ -334,8 +370,8 @@ def _decode(
     return outputs
 
 
-def _requests(engine: Engine, suite: Suite) -> list[Request]:
-    return [_request(engine, prompt) for prompt in suite.prompts]
+def _requests(engine: Engine, suite: Suite, shard: Shard | None) -> list[Request]:
+    return [_request(engine, prompt) for prompt in suite.prompts_of(shard)]
 
 
 def _request(engine: Engine, prompt: Prompt) -> Request:
@@ -374,13 +410,6 @@ def _envelope(
             if score.error:
                 raise EngineError(f"prompt {score.id} under {name}: {score.error}", fix="nothing was recorded")
     return noise.envelope(compute_class, generation, replays)
-
-
-def _previous(place: store.Place) -> Golden | None:
-    try:
-        return place.read()
-    except GoldenError:
-        return None
 
 
 def _leave_candidate(result: SuiteResult, suite: Suite, mode: str, options: Options, show: Progress) -> SuiteResult:

@@ -131,6 +131,10 @@ class Generation:
         """Where prompt i's tokens lie in the columns."""
         return slice(int(self.offsets[i]), int(self.offsets[i + 1]))
 
+    def length(self, i: int) -> int:
+        """Number of prompt i's tokens."""
+        return int(self.offsets[i + 1] - self.offsets[i])
+
     def index(self) -> dict[str, int]:
         """Prompt id -> its place."""
         return {name: i for i, name in enumerate(self.ids)}
@@ -173,6 +177,22 @@ class Generation:
             reference_logprob=pack(watched, np.float32),
             errors={r.id: r.error for r in rows if r.error},
         )
+
+
+def joined(parts: Sequence[Generation]) -> Generation:
+    """Generations laid end to end; what was watched is left out."""
+    return Generation(
+        ids=tuple(name for g in parts for name in g.ids),
+        prompt_digests=tuple(name for g in parts for name in g.prompt_digests),
+        content_digests=tuple(name for g in parts for name in g.content_digests),
+        texts=tuple(text for g in parts for text in g.texts),
+        finish_reasons=tuple(reason for g in parts for reason in g.finish_reasons),
+        offsets=offsets_of(g.length(i) for g in parts for i in range(len(g))),
+        tokens=pack([g.tokens for g in parts], np.int32),
+        logprob=pack([g.logprob for g in parts], np.float32),
+        gap=pack([g.gap for g in parts], np.float32),
+        runner_up=pack([g.runner_up for g in parts], np.int32),
+    )
 
 
 def subset(g: Generation, rows: Sequence[int]) -> Generation:

@@ -25,6 +25,7 @@ from .errors import GoldenError
 from .fingerprint import Fingerprint
 from .generation import FINISH_REASONS, Generation, Tokens, digest, offsets_of, pack
 from .noise import Envelope
+from .suite import Shard
 
 SCHEMA = 1
 KIND = "pytest-repro golden"
@@ -58,6 +59,24 @@ class Review:
 
 
 @dataclass(frozen=True)
+class Part:
+    """Which part of a suite a candidate holds, and of what: enough to merge it with the others."""
+
+    index: int
+    count: int
+    size: int
+    """Prompts of the whole suite."""
+    prompts: str
+    """`Suite.digest_of_prompts`."""
+    scorer: str
+
+    @property
+    def shard(self) -> Shard:
+        """Its number."""
+        return Shard(self.index, self.count)
+
+
+@dataclass(frozen=True)
 class Golden:
     """A golden, or a candidate for one (`review` is None)."""
 
@@ -82,6 +101,8 @@ class Golden:
     """Of a pending golden: how it compares with the one it would replace."""
     digest: str = ""
     """Digest of the content; set by `encode` and `decode`."""
+    part: Part | None = None
+    """Of a candidate recorded under --repro-shard; None for a whole one."""
 
     @property
     def stem(self) -> str:
@@ -98,8 +119,12 @@ class Golden:
 def encode(golden: Golden) -> tuple[bytes, bytes]:
     """A golden as (text part, binary part), its digests and seal computed."""
     g = golden.generation
-    columns = {name: np.asarray(getattr(g, name), dtype) for name, dtype in _COLUMNS.items()}
-    numbers = save_tensors({**columns, "offsets": g.offsets, "noise.prompt_level": golden.noise.prompt_level})
+    columns: dict[str, Any] = {name: np.asarray(getattr(g, name), dtype) for name, dtype in _COLUMNS.items()}
+    columns |= {"offsets": g.offsets, "noise.prompt_level": golden.noise.prompt_level}
+    if golden.part is not None:
+        assert golden.noise.prompt_means is not None, "a part is merged from the means of every variant"
+        columns["noise.prompt_means"] = golden.noise.prompt_means
+    numbers = save_tensors(columns)
     lines = [
         {
             "id": g.ids[i],
@@ -127,6 +152,8 @@ def encode(golden: Golden) -> tuple[bytes, bytes]:
         "prompts": len(g),
         "numbers": digest(numbers),
     }
+    if golden.part is not None:
+        header["part"] = vars(golden.part)
     body = [_line(line) for line in lines]
     header["digest"] = content_digest(header, body)
     header["review"] = None
@@ -295,6 +322,8 @@ def _numbers(
     expected = offsets_of(len(line["tokens"]) for line in lines)
     shapes = {"offsets": expected.shape, "noise.prompt_level": (len(lines),)}
     shapes |= {name: (int(expected[-1]),) for name in _COLUMNS}
+    if "part" in header:
+        shapes["noise.prompt_means"] = (len(header["noise"]["variants"]), len(lines))
     for name, shape in shapes.items():
         found = tensors.get(name)
         if found is None or found.shape != shape or (name == "offsets" and not np.array_equal(found, expected)):
@@ -332,10 +361,15 @@ def _build(
         fingerprint=header["fingerprint"],
         generation=generation,
         scores=tuple(line["score"] for line in lines),
-        noise=Envelope.from_json(header["noise"], np.asarray(tensors["noise.prompt_level"], np.float32)),
+        noise=Envelope.from_json(
+            header["noise"],
+            np.asarray(tensors["noise.prompt_level"], np.float32),
+            np.asarray(tensors["noise.prompt_means"], np.float64) if "part" in header else None,
+        ),
         review=review,
         candidate=header.get("candidate"),
         digest=header["digest"],
+        part=Part(**header["part"]) if "part" in header else None,
     )
 
 

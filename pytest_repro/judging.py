@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from typing import Any
 
 import numpy as np
 
@@ -19,7 +20,7 @@ from .fingerprint import IDENTITY
 from .generation import Generation, Request, Scores, digest, token_digest
 from .golden import Golden
 from .result import Check, PromptResult, SuiteResult, Texts
-from .suite import Suite
+from .suite import SUITE_ITEMS, Shard, Suite
 from .verdict import Evidence, Judgement, Verdict, judge
 
 CONTEXT_TOKENS = (12, 8)
@@ -41,21 +42,33 @@ class Gathered:
 
 
 def blank(
-    suite: Suite, mode: str, claimed: str | None, selected: frozenset[str] | None, shown_path: str
+    suite: Suite,
+    mode: str,
+    claimed: str | None,
+    selected: frozenset[str] | None,
+    shown_path: str,
+    shard: Shard | None = None,
 ) -> SuiteResult:
-    """A result before anything ran: every selected prompt still `identical`."""
+    """A result before anything ran: every selected prompt (of the shard) still `identical`."""
+    asked = suite.prompts_of(shard)
     return SuiteResult(
         name=suite.name,
         path=shown_path or str(suite.folder),
         numerics=mode,
         thresholds=suite.thresholds_for(claimed or ""),
         size=len(suite.prompts),
-        prompts=tuple(
-            PromptResult(p.id, Verdict.IDENTICAL) for p in suite.prompts if selected is None or p.id in selected
-        ),
+        prompts=tuple(PromptResult(p.id, Verdict.IDENTICAL) for p in asked if selected is None or p.id in selected),
         checks=(),
         claimed=claimed,
+        shard=shard,
+        shard_size=len(asked),
     )
+
+
+def idle(result: SuiteResult) -> SuiteResult:
+    """The result of a shard that holds no batch: it passes, and every check says why it judged nothing."""
+    why = f"not judged: shard {result.shard} holds no batch, since there are fewer batches than shards"
+    return replace(result, checks=tuple(Check(name, "skip", why) for name in SUITE_ITEMS))
 
 
 def broken(result: SuiteResult, exc: ReproError) -> SuiteResult:
@@ -97,20 +110,27 @@ def against(result: SuiteResult, golden: Golden, suite: Suite, allowed: frozense
     return replace(
         result,
         prompts=tuple(prompts),
-        golden={
-            "name": golden.stem,
-            "digest": golden.digest,
-            "recorded": golden.fingerprint.get("time"),
-            "engine": f"{golden.fingerprint.get('engine')} {golden.fingerprint.get('engine_version') or ''}".strip(),
-            "batch_size": golden.batch_size,
-            "review": asdict(golden.review) if golden.review else None,
-        },
+        golden=described(golden),
         thresholds=suite.thresholds_for(result.claimed or observed),
         environment_diff=tuple(changes),
         equal_fields=fingerprint.equal_count(golden.fingerprint, result.environment),
         envelope_deficit=golden.noise.max_deficit,
         notes=notes,
     )
+
+
+def described(golden: Golden) -> dict[str, Any]:
+    """A golden as a result names it."""
+    return {
+        "name": golden.stem,
+        "digest": golden.digest,
+        "recorded": golden.fingerprint.get("time"),
+        "engine": f"{golden.fingerprint.get('engine')} {golden.fingerprint.get('engine_version') or ''}".strip(),
+        "batch_size": golden.batch_size,
+        "review": asdict(golden.review) if golden.review else None,
+        "accuracy": golden.accuracy,
+        "mean_abs_dlogp": golden.noise.mean_abs_dlogp,
+    }
 
 
 def _notes(golden: Golden, suite: Suite, result: SuiteResult, changes: Sequence[fingerprint.Change]) -> tuple[str, ...]:
@@ -197,7 +217,7 @@ def judge_all(
         else view.judged(p, result, fp32)
         for p in result.prompts
     )
-    return checks.summed_up(replace(result, prompts=prompts), golden, view.lengths)
+    return checks.summed_up(replace(result, prompts=prompts))
 
 
 def arbitrated(result: SuiteResult, found: Mapping[str, Arbitration]) -> SuiteResult:
@@ -228,6 +248,7 @@ class _View:
         self.replayed = {n: i for i, n in enumerate(gathered.replayed.ids)} if gathered.replayed else {}
         self.decoded = {n: i for i, n in enumerate(gathered.decoded.ids)} if gathered.decoded else {}
         now, then = gathered.generation, golden.generation
+        self.answered = now.index() if now else {}
         # Both sides by today's scorer and answers: what was stored says how it was scored when it was recorded.
         self.scores_golden = scores(suite, then.texts, then.ids, allow_code)
         self.scores_now = dict(zip(now.ids, scores(suite, now.texts, now.ids, allow_code), strict=True)) if now else {}
@@ -246,7 +267,8 @@ class _View:
             method="+".join(
                 name for name, rows in (("replay", self.replayed), ("decode", self.decoded)) if prompt.id in rows
             ),
-            tokens=len(self.golden.generation.tokens[self.golden.generation.span(row)]),
+            tokens=self.golden.generation.length(row),
+            tokens_now=self._tokens_now(prompt.id, row, index),
             divergence_index=index,
             deficit=finite(seen.deficit) if index is not None else 0.0,
             deficit_index=int(shown.deficit_index) if index is not None else None,
@@ -298,7 +320,7 @@ class _View:
         if index is None:
             return None
         now = self.gathered.generation
-        place = now.index().get(name) if now else None
+        place = self.answered.get(name)
         if now is not None and place is not None and name in self.decoded:
             tokens = now.tokens[now.span(place)].tolist()
             return self._around(tokens, index)
@@ -313,16 +335,11 @@ class _View:
             self.decode(tokens[index + 1 : index + 1 + after]),
         )
 
-    def lengths(self, prompt: PromptResult) -> tuple[int, int] | None:
-        """(tokens then, tokens now); None where it was not decoded and would differ."""
-        name, identical = prompt.id, prompt.divergence_index is None
-        span = self.golden.generation.span(self.place[name])
-        then = span.stop - span.start
-        if name in self.decoded and self.gathered.generation is not None:
-            now = self.gathered.generation
-            here = now.span(now.index()[name])
-            return then, here.stop - here.start
-        return (then, then) if identical else None
+    def _tokens_now(self, name: str, row: int, index: int | None) -> int | None:
+        now = self.gathered.generation
+        if name in self.decoded and now is not None:
+            return now.length(self.answered[name])
+        return self.golden.generation.length(row) if index is None else None
 
 
 def _row(comparison: Comparison | None, i: int | None) -> Row | None:

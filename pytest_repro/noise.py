@@ -54,6 +54,8 @@ class Envelope:
     variants: tuple[Variant, ...]
     prompt_level: NDArray[np.float32]
     """Each prompt's own benign mean |Δlogp|, nats: the mean over the variants; shape (P,)."""
+    prompt_means: NDArray[np.float64] | None = None
+    """The same of every variant, shape (V, P): what envelopes of parts are merged from. A golden does not keep it."""
 
     @property
     def max_deficit(self) -> float:
@@ -89,9 +91,14 @@ class Envelope:
         }
 
     @classmethod
-    def from_json(cls, data: Mapping[str, Any], prompt_level: NDArray[np.float32]) -> Envelope:
+    def from_json(
+        cls,
+        data: Mapping[str, Any],
+        prompt_level: NDArray[np.float32],
+        prompt_means: NDArray[np.float64] | None = None,
+    ) -> Envelope:
         """Inverse of `to_json`."""
-        return cls(data["compute_class"], tuple(Variant(**v) for v in data["variants"]), prompt_level)
+        return cls(data["compute_class"], tuple(Variant(**v) for v in data["variants"]), prompt_level, prompt_means)
 
 
 def envelope(compute_class: str, golden: Generation, replays: Mapping[str, Sequence[Scores]]) -> Envelope:
@@ -116,8 +123,35 @@ def envelope(compute_class: str, golden: Generation, replays: Mapping[str, Seque
                 flipped_prompts=int(seen.differs.sum()),
             )
         )
-    level = np.mean(levels, axis=0) if levels else np.zeros(len(golden))
-    return Envelope(compute_class, tuple(variants), level.astype(np.float32))
+    means = np.asarray(levels, np.float64).reshape(len(variants), len(golden))
+    return Envelope(compute_class, tuple(variants), _levels(means), means)
+
+
+def merged(parts: Sequence[Envelope], order: NDArray[np.int64]) -> Envelope:
+    """The envelope of the whole suite from those of its parts: maxima of maxima, and means over all prompts again.
+
+    Args:
+        parts: of the same compute class and variants, each with its `prompt_means`.
+        order: places, in the parts laid end to end, of the whole suite's prompts.
+    """
+    means = np.concatenate([part.prompt_means for part in parts if part.prompt_means is not None], axis=1)[:, order]
+    variants = tuple(
+        Variant(
+            name=same[0].name,
+            mean_abs_dlogp=_safe(np.nanmean, row),
+            max_abs_dlogp=max(v.max_abs_dlogp for v in same),
+            max_abs_dgap=max(v.max_abs_dgap for v in same),
+            max_deficit=max(v.max_deficit for v in same),
+            flipped_prompts=sum(v.flipped_prompts for v in same),
+        )
+        for row, same in zip(means, zip(*(part.variants for part in parts), strict=True), strict=True)
+    )
+    return Envelope(parts[0].compute_class, variants, _levels(means))
+
+
+def _levels(means: NDArray[np.float64]) -> NDArray[np.float32]:
+    """Each prompt's mean over the variants, shape (P,)."""
+    return (means.mean(axis=0) if len(means) else np.zeros(means.shape[1])).astype(np.float32)
 
 
 def _safe(reduce: Any, values: NDArray[np.float64]) -> float:

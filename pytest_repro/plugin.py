@@ -77,6 +77,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         action="store_true",
         help="let suites import the module:function that they name as scorer or engine",
     )
+    add("--repro-shard", metavar="I/N",
+        help="take part I of N of every suite, in whole batches (batch k is in part k mod N + 1). --repro-check: a count "
+        "or share in [thresholds] is held against the part's own prompts, accuracy and length are not judged; "
+        "pytest-repro merge --report judges all parts together. --repro-update: then pytest-repro merge")  # fmt: skip
     add("--repro-report-json", metavar="FILE", help="write the report as JSON")
     parser.addini(
         "repro_paths",
@@ -97,6 +101,7 @@ def pytest_configure(config: pytest.Config) -> None:
         raise pytest.UsageError(f"--repro-report-json {option.repro_report_json}: that is a folder; name a file in it")
     if option.repro_check or option.repro_update:
         _refuse_unsafe_update(config)
+        _refuse_shared_gpus(config)
         config.stash[STATE] = _session(config)
         _add_suites(config)
         return
@@ -106,9 +111,37 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def _session(config: pytest.Config) -> Session:
+    from .errors import ConfigError
     from .session import Session
 
-    return Session(config)
+    try:
+        return Session(config)
+    except ConfigError as exc:
+        raise pytest.UsageError(str(exc)) from None
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_load_initial_conftests(early_config: pytest.Config) -> None:
+    """A worker of xdist gets a GPU of its own, before anything of its project can import torch."""
+    if "PYTEST_XDIST_WORKER" in os.environ and early_config.known_args_namespace.repro_check:
+        from .session import take_gpu
+
+        take_gpu(os.environ)
+
+
+def _refuse_shared_gpus(config: pytest.Config) -> None:
+    """Two suites on one GPU at the same time would share its memory, and fail now and then for want of it."""
+    workers = getattr(config.option, "numprocesses", None)
+    if not workers or hasattr(config, "workerinput"):
+        return
+    from .probe import visible_gpus
+
+    gpus = len(visible_gpus(os.environ))
+    if 0 < gpus < workers:
+        raise pytest.UsageError(
+            f"-n {workers} with {gpus} visible GPU{'s' if gpus > 1 else ''}: every worker needs one of its own. mend: "
+            f"-n {gpus} at most, or CUDA_VISIBLE_DEVICES= (empty) for suites that need no GPU"
+        )
 
 
 def _refuse_unsafe_update(config: pytest.Config) -> None:
@@ -210,10 +243,11 @@ class ModeNode(pytest.Collector):
         """One item a prompt and one a check of the whole suite; a single one when recording."""
         from .suite import SUITE_ITEMS
 
-        if self.config.stash[STATE].updating:
+        state = self.config.stash[STATE]
+        if state.updating:
             names = ["record"]
         else:
-            names = [*SUITE_ITEMS[:2], *(p.id for p in self.suite.prompts), *SUITE_ITEMS[2:]]
+            names = [*SUITE_ITEMS[:2], *(p.id for p in self.suite.prompts_of(state.shard)), *SUITE_ITEMS[2:]]
         for name in names:
             item: pytest.Item = ReproItem.from_parent(self, name=name)
             yield item
@@ -241,6 +275,8 @@ class ReproItem(pytest.Item):
         """Run the suite if no item did yet, then pass or fail by this item's part of the result."""
         state = self.config.stash[STATE]
         if state.updating:
+            if not self.parent.suite.prompts_of(state.shard):
+                pytest.skip(f"shard {state.shard} holds no batch, since there are fewer batches than shards")
             if earlier := state.recorded_already(self.parent.suite, self.parent.name):
                 pytest.skip(
                     f"{earlier} has just recorded the golden that {self.parent.name} is checked against as well"
@@ -302,6 +338,12 @@ def repro(request: pytest.FixtureRequest) -> Any:
     state = request.config.stash.get(STATE, None)
     if state is None:
         pytest.skip("repro is off: run with --repro-check")
+    if state.shard is not None:
+        pytest.fail(
+            "the repro fixture judges whole suites, and --repro-shard takes a part. mend: --repro-only leaves tests out; "
+            "run them without --repro-shard",
+            pytrace=False,
+        )
     from .fixture import Repro
 
     marker = request.node.get_closest_marker("repro")
@@ -317,7 +359,8 @@ def pytest_report_header(config: pytest.Config) -> str | None:
     """One line, while the plugin is active."""
     if STATE not in config.stash:
         return None
-    return f"repro: {'recording candidates' if config.option.repro_update else 'checking'}, method {config.option.repro_method}"
+    shard = f", shard {config.stash[STATE].shard}" if config.stash[STATE].shard else ""
+    return f"repro: {'recording candidates' if config.option.repro_update else 'checking'}, method {config.option.repro_method}{shard}"
 
 
 @pytest.hookimpl(trylast=True)

@@ -12,6 +12,7 @@ import platform
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from importlib import metadata
+from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -146,6 +147,30 @@ def nvidia() -> dict[str, Value]:
         return {}
     finally:
         pynvml.nvmlShutdown()
+
+
+def visible_gpus(environment: Mapping[str, str]) -> tuple[str, ...]:
+    """Names of the GPUs that CUDA would show to this process, as CUDA_VISIBLE_DEVICES spells them, without CUDA."""
+    import pynvml
+
+    try:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError:
+        return ()
+    try:
+        count = int(pynvml.nvmlDeviceGetCount())
+    except pynvml.NVMLError:
+        return ()
+    finally:
+        pynvml.nvmlShutdown()
+    named = environment.get("CUDA_VISIBLE_DEVICES")
+    if named is None:
+        return tuple(map(str, range(count)))
+    names = [name.strip() for name in named.split(",")]
+    known = list(
+        takewhile(lambda n: n.startswith(("GPU-", "MIG-")) or (n.isascii() and n.isdecimal() and int(n) < count), names)
+    )
+    return tuple(known) if len(set(known)) == len(known) else ()  # CUDA shows none of a list that names one twice
 
 
 def _first_visible() -> Any:

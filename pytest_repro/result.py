@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from .fingerprint import Change, Fingerprint
-from .suite import Thresholds
+from .suite import Shard, Thresholds
 from .verdict import ALWAYS_FAIL, Failure, Verdict, failures
 
 
@@ -31,6 +31,8 @@ class PromptResult:
     """`replay`, `decode`, `replay+decode`; empty if nothing ran."""
     tokens: int | None = None
     """Length of the golden's answer."""
+    tokens_now: int | None = None
+    """Length of the answer now; None where it was not generated and would differ."""
     divergence_index: int | None = None
     deficit: float | None = None
     deficit_index: int | None = None
@@ -71,8 +73,14 @@ class SuiteResult:
     checks: tuple[Check, ...]
     claimed: str | None = None
     """The compute class that the mode claims; None if it claims nothing."""
+    shard: Shard | None = None
+    """The part of the suite that was checked; None: all of it."""
+    shard_size: int = 0
+    """Prompts in that part, selected or not."""
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    """How it was asked to be checked, as far as shards of one check must agree in it."""
     golden: Mapping[str, Any] | None = None
-    """Name, digest, review and settings of the golden used; None without one."""
+    """Name, digest, review, settings and metrics of the golden used; None without one."""
     observed: Mapping[str, Any] | None = None
     """The probe's observation; None if the model was never loaded."""
     environment: Fingerprint = field(default_factory=dict)
@@ -96,8 +104,8 @@ class SuiteResult:
 
     @property
     def failures(self) -> list[Failure]:
-        """Rules on prompts that fail."""
-        return failures(self.counts, self.thresholds, self.size)
+        """Rules on prompts that fail. In a shard, a share is one of the shard's own prompts."""
+        return failures(self.counts, self.thresholds, self.shard_size if self.shard else self.size)
 
     @property
     def passed(self) -> bool:
@@ -130,3 +138,5 @@ class Recording:
     noise: Mapping[str, float]
     seconds: float
     environment: Fingerprint = field(default_factory=dict)
+    shard: str | None = None
+    """`1/4` of a part; None of a whole candidate."""

@@ -9,7 +9,7 @@ from . import candidate, fingerprint, probe
 from .errors import GoldenError
 from .fingerprint import Fingerprint, Value
 from .golden import Golden
-from .store import Place
+from .store import Place, a_part
 from .text import inert
 
 
@@ -28,6 +28,7 @@ def summary(place: Place) -> dict[str, Any]:
         "prompts": 0,
         "changed": 0,
         "against": None,
+        "part": str(place.shard) if place.shard else None,
     }
     try:
         golden = place.read()
@@ -62,6 +63,8 @@ def changes(place: Place) -> dict[str, Any]:
     Raises:
         GoldenError: the pending golden cannot be trusted or read.
     """
+    if place.shard is not None:
+        return {"path": str(place.text), "head": [a_part(place).what], "environment": [], "prompts": []}
     new = place.read()
     try:
         old: Golden | None = place.other.read()

@@ -11,7 +11,7 @@ import os
 import sys
 import tempfile
 import tomllib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, MutableMapping
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +19,7 @@ from typing import Any
 
 from filelock import FileLock
 
-from . import accuracy, gate, numerics
+from . import accuracy, gate, numerics, probe
 from .engines.base import check_options, opener
 from .errors import ConfigError, EngineError
 from .gate import Options
@@ -27,7 +27,7 @@ from .generation import digest
 from .report import document
 from .report.progress import Display
 from .store import STEM, atomic_write, typed
-from .suite import Overrides, Suite, check_defaults, load, parse_engine_option, parse_threshold
+from .suite import Overrides, Suite, check_defaults, load, parse_engine_option, parse_shard, parse_threshold
 
 
 class Session:
@@ -38,6 +38,7 @@ class Session:
         self.implicit = False
         """Whether the suites were not named on the command line."""
         self.updating: bool = config.option.repro_update
+        self.shard = parse_shard(config.option.repro_shard) if config.option.repro_shard is not None else None
         self.suites: dict[str, dict[str, Any]] = {}
         """What was checked, by all that decides the result."""
         self.recorded: dict[str, str] = {}
@@ -109,6 +110,7 @@ class Session:
             golden=option.repro_golden,
             pending_folder=Path(option.repro_pending_dir) if option.repro_pending_dir else None,
             shown_path=self.shown(folder),
+            shard=self.shard,
             **more,
         )
 
@@ -166,6 +168,18 @@ def _once_among_workers(config: Any, key: str, run: Callable[[], dict[str, Any]]
             atomic_write(file, json.dumps(run()).encode())
         found: dict[str, Any] = json.loads(file.read_text("utf-8"))
     return found
+
+
+def take_gpu(environment: MutableMapping[str, str]) -> None:
+    """Show this xdist worker one GPU, by its number; all of them, where there are fewer than workers.
+
+    xdist numbers a worker that replaces a crashed one beyond the count: it starts over from the first GPU.
+    """
+    number = int("".join(filter(str.isdigit, environment["PYTEST_XDIST_WORKER"])) or 0)
+    workers = int(environment.get("PYTEST_XDIST_WORKER_COUNT", 1))
+    gpus = probe.visible_gpus(environment)
+    if len(gpus) >= workers:
+        environment["CUDA_VISIBLE_DEVICES"] = gpus[number % workers]
 
 
 def _progress(config: Any, suite: Suite, mode: str) -> Any:

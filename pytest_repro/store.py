@@ -1,6 +1,7 @@
 """Where goldens lie: beside their suite, as `<class>.golden.jsonl` and `<class>.golden.safetensors`.
 
-A candidate lies beside them as `<class>.pending.*`. Every file appears whole or not at all (written aside, flushed,
+A candidate lies beside them as `<class>.pending.*`, a part of one as `<class>.1of4.pending.*` until `pytest-repro merge`
+has merged the parts. Every file appears whole or not at all (written aside, flushed,
 renamed). The binary part is put in place before the text part, and a pending golden is removed only after the accepted
 one stands, so that an interrupted `accept` is mended by repeating it.
 """
@@ -10,18 +11,21 @@ from __future__ import annotations
 import os
 import re
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
+from . import candidate, merging
 from . import golden as wire
 from .errors import ConfigError, GoldenError, GoldenMissing
 from .golden import Golden, Review
+from .suite import Shard
 
 GOLDEN, PENDING = ".golden", ".pending"
 STEM = re.compile(r"[a-z0-9_]+(@[a-z0-9_-]+)?")
 """A golden's name: a compute class, and a device class if it is for one only."""
+_PART = re.compile(r"(.+)\.([1-9][0-9]*)of([1-9][0-9]*)")
 
 
 def typed(path: Path) -> str:
@@ -58,16 +62,33 @@ class Place:
     """`bf16`, or `bf16@cuda-sm90`."""
     kind: str = GOLDEN
     """`GOLDEN` or `PENDING`."""
+    shard: Shard | None = None
+    """Of a part of a pending golden."""
+
+    @classmethod
+    def named(cls, text: Path, kind: str) -> Place:
+        """The place whose text part is this file."""
+        stem = text.name.removesuffix(f"{kind}.jsonl")
+        part = _PART.fullmatch(stem) if kind == PENDING else None
+        if part is None:
+            return cls(text.parent, stem, kind)
+        return cls(text.parent, part[1], kind, Shard(int(part[2]), int(part[3])))
+
+    @property
+    def name(self) -> str:
+        """File name without its ending."""
+        part = f".{self.shard.index}of{self.shard.count}" if self.shard else ""
+        return f"{self.stem}{part}{self.kind}"
 
     @property
     def text(self) -> Path:
         """The JSON Lines file."""
-        return self.folder / f"{self.stem}{self.kind}.jsonl"
+        return self.folder / f"{self.name}.jsonl"
 
     @property
     def numbers(self) -> Path:
         """The safetensors file."""
-        return self.folder / f"{self.stem}{self.kind}.safetensors"
+        return self.folder / f"{self.name}.safetensors"
 
     @property
     def other(self) -> Place:
@@ -88,13 +109,21 @@ class Place:
             raise GoldenMissing("there is no golden", where=typed(self.text), fix=again) from None
         numbers = self.numbers.read_bytes() if self.numbers.exists() else None
         golden = wire.decode(text, numbers, typed(self.text), regenerate=again)
-        if golden.stem != self.stem:
+        named, held = _spoken(self.stem, self.shard), _spoken(golden.stem, golden.part.shard if golden.part else None)
+        if named != held:
             raise GoldenError(
-                f"the file's name says {self.stem}, its content {golden.stem}",
+                f"the file's name says {named}, its content {held}",
                 where=self.text,
                 fix=f"git mv it back, or {again}",
             )
         return golden
+
+    def trusted(self) -> Golden | None:
+        """What lies here, if it can be read and trusted."""
+        try:
+            return self.read()
+        except GoldenError:
+            return None
 
     def write(self, golden: Golden) -> None:
         """Write both parts, the text last: it names the other's digest."""
@@ -110,8 +139,11 @@ class Place:
 
 def places(folder: Path, kind: str = GOLDEN) -> list[Place]:
     """Every golden (or pending one) that lies in one folder, by name."""
-    suffix = f"{kind}.jsonl"
-    return [Place(folder, p.name.removesuffix(suffix), kind) for p in sorted(folder.glob(f"*{suffix}"))]
+    return [Place.named(file, kind) for file in sorted(folder.glob(f"*{kind}.jsonl"))]
+
+
+def _spoken(stem: str, shard: Shard | None) -> str:
+    return stem if shard is None else f"{stem}, part {shard.spoken}"
 
 
 def candidates_for(compute_class: str, device_class: str) -> list[str]:
@@ -139,8 +171,14 @@ def find(folder: Path, compute_class: str, device_class: str) -> Place:
     raise GoldenMissing(
         f"there is no golden for {compute_class} on {device_class or 'any device'} (goldens here: {there})",
         where=typed(folder),
-        fix=f"a candidate waits: pytest-repro review {typed(folder)}" if waiting else record,
+        fix=_what_waits(waiting, folder) if waiting else record,
     )
+
+
+def _what_waits(waiting: Sequence[Place], folder: Path) -> str:
+    if any(place.shard is None for place in waiting):
+        return f"a candidate waits: pytest-repro review {typed(folder)}"
+    return f"parts of a candidate wait: pytest-repro merge {typed(folder)}"
 
 
 def pending(root: Path) -> list[Place]:
@@ -158,6 +196,53 @@ def _folders(root: Path) -> Iterator[Path]:
     yield from {p.parent for p in root.rglob(f"*{PENDING}.jsonl")}
 
 
+def merge(root: Path) -> list[tuple[Place, int]]:
+    """Merge the parts of every pending golden under a folder; each merged candidate with the number of its parts.
+
+    Nothing is written before all of them are known to fit. Parts are removed after the merged candidate lies complete
+    on disk, so that an interrupted merge is mended by repeating it.
+
+    Raises:
+        ConfigError: no part is pending here.
+        GoldenError: a part cannot be trusted or read, is missing, or does not fit the others.
+    """
+    sets: dict[Place, list[Place]] = {}
+    for place in pending(root):
+        if place.shard is not None:
+            sets.setdefault(Place(place.folder, place.stem, PENDING), []).append(place)
+    if not sets:
+        raise ConfigError(
+            "no part of a golden is pending here", where=root, fix=f"pytest --repro-update {root} --repro-shard 1/2"
+        )
+    ready = [(target, places, _merged(target, places)) for target, places in sets.items()]
+    for target, places, golden in ready:
+        if golden is not None:
+            target.write(golden)
+        for place in places:
+            place.remove()
+    return [(target, len(places)) for target, places, _ in ready]
+
+
+def _merged(target: Place, places: Sequence[Place]) -> Golden | None:
+    """The parts as one candidate; None if it lies there already, from a merge that was interrupted."""
+    parts = [place.read() for place in places]
+    done = target.trusted()
+    if done is not None and {part.digest for part in parts} <= set((done.candidate or {}).get("parts", [])):
+        return None
+    whole = merging.golden_of(parts, where=typed(target.folder))
+    return candidate.of_parts(whole, parts, target.other.trusted())
+
+
+def a_part(place: Place) -> ConfigError:
+    """What is said of a part where a whole candidate is needed."""
+    assert place.shard is not None
+    return ConfigError(
+        f"this is a part, {place.shard.spoken}: pytest-repro merge first",
+        where=typed(place.text),
+        fix=f"pytest-repro merge {typed(place.folder)}",
+    )
+
+
 def accept(place: Place, *, by: str, reason: str, commit: str | None) -> Golden:
     """Make a pending golden the golden, under a review.
 
@@ -168,16 +253,18 @@ def accept(place: Place, *, by: str, reason: str, commit: str | None) -> Golden:
         commit: the commit that is checked out.
 
     Raises:
-        ConfigError: no reason.
+        ConfigError: no reason, or only a part.
         GoldenError: the pending golden cannot be trusted or read.
     """
     if not reason.strip():
         raise ConfigError("accepting a golden needs a reason", fix='pytest-repro accept --all --reason "..."')
-    candidate = place.read()
+    if place.shard is not None:
+        raise a_part(place)
+    pending_golden = place.read()
     try:
         standing = place.other.read()
         previous: str | None = standing.digest
-        if standing.digest == candidate.digest and standing.review:
+        if standing.digest == pending_golden.digest and standing.review:
             previous = standing.review.previous  # an accept that was interrupted is being repeated
     except GoldenMissing:
         previous = None
@@ -187,7 +274,7 @@ def accept(place: Place, *, by: str, reason: str, commit: str | None) -> Golden:
     review = Review(
         by=by, when=datetime.now(UTC).isoformat(timespec="seconds"), reason=reason, previous=previous, commit=commit
     )
-    result = wire.accepted(candidate, review)
+    result = wire.accepted(pending_golden, review)
     place.other.write(result)
     place.remove()
     return result

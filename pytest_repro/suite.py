@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 from . import schemas
 from .errors import ConfigError
+from .generation import digest
 
 SUITE_FILE = "suite.toml"
 SUITE_ITEMS = ("golden", "compute", "accuracy", "length")
@@ -79,6 +80,56 @@ class Overrides:
         )
 
 
+_SHARD = re.compile(r"([1-9][0-9]{0,5})/([1-9][0-9]{0,5})")
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One of `count` parts of every suite: whole batches, dealt out in turn."""
+
+    index: int
+    """1 to count."""
+    count: int
+
+    def __str__(self) -> str:
+        return f"{self.index}/{self.count}"
+
+    @property
+    def spoken(self) -> str:
+        """`1 of 4`."""
+        return f"{self.index} of {self.count}"
+
+    def batches(self, size: int, batch_size: int) -> list[tuple[int, ...]]:
+        """Its batches of a suite of so many prompts: batch k, from 0, is in shard (k mod count) + 1."""
+        starts = range((self.index - 1) * batch_size, size, self.count * batch_size)
+        return [tuple(range(start, min(start + batch_size, size))) for start in starts]
+
+    def share(self, size: int, batch_size: int) -> int:
+        """Number of its prompts in a suite of so many; 0 with fewer batches than shards."""
+        starts = range((self.index - 1) * batch_size, size, self.count * batch_size)
+        return len(starts) * batch_size - max(0, starts[-1] + batch_size - size) if starts else 0
+
+    def places(self, size: int, batch_size: int) -> list[int]:
+        """Places of its prompts in a suite of so many."""
+        return [i for batch in self.batches(size, batch_size) for i in batch]
+
+
+def parse_shard(text: str, where: str = "--repro-shard") -> Shard:
+    """`i/n` of `--repro-shard`.
+
+    Raises:
+        ConfigError: not of that form, or no shard of n.
+    """
+    found = _SHARD.fullmatch(text)
+    if found is None or int(found[1]) > int(found[2]):
+        raise ConfigError(
+            f"{text!r} is not i/n with 1 <= i <= n",
+            where=where,
+            fix="e.g. --repro-shard 1/4, 2/4, 3/4 and 4/4",
+        )
+    return Shard(int(found[1]), int(found[2]))
+
+
 @dataclass(frozen=True)
 class Suite:
     """Prompts, the model they are put to, how it generates, and when the result fails."""
@@ -108,6 +159,11 @@ class Suite:
         """What the engine is opened with."""
         return {**self.engine_tables.get(self.engine, {}), **self.user_options}
 
+    @property
+    def scorer_spelt(self) -> str:
+        """The scorer with its pattern."""
+        return f"{self.scorer} {self.pattern}".strip()
+
     def thresholds_for(self, compute_class: str) -> Thresholds:
         """The thresholds of one compute class."""
         return self.thresholds.get(compute_class, self.thresholds[""])
@@ -116,6 +172,18 @@ class Suite:
         """Places of the prompts of each batch: the file's order, always whole, whatever subset is asked for."""
         for start in range(0, len(self.prompts), self.batch_size):
             yield tuple(range(start, min(start + self.batch_size, len(self.prompts))))
+
+    def batches_of(self, shard: Shard | None) -> list[tuple[int, ...]]:
+        """The batches of one shard, the same as in the whole; all of them without one."""
+        return list(self.batches()) if shard is None else shard.batches(len(self.prompts), self.batch_size)
+
+    def prompts_of(self, shard: Shard | None) -> tuple[Prompt, ...]:
+        """The prompts of one shard, in the file's order; all of them without one."""
+        return tuple(self.prompts[i] for batch in self.batches_of(shard) for i in batch)
+
+    def digest_of_prompts(self) -> str:
+        """What is asked and what the right answers are: equal for shards of one suite."""
+        return digest([[p.id, p.content, p.answer] for p in self.prompts])
 
 
 def load(path: Path, overrides: Overrides | None = None, defaults: Mapping[str, Any] | None = None) -> Suite:
@@ -216,11 +284,20 @@ def parse_engine_option(text: str) -> tuple[str, Any]:
     return name.strip(), value
 
 
-def _checked_thresholds(table: Mapping[str, Any], where: str = "thresholds") -> dict[str, Any]:
+def thresholds(table: Mapping[str, Any], *, where: str, fix: str) -> Thresholds:
+    """Thresholds from a table, as they stand in a report.
+
+    Raises:
+        ConfigError: no such threshold, or a value it cannot have.
+    """
+    return Thresholds(**_checked_thresholds(table, where, fix))
+
+
+def _checked_thresholds(table: Mapping[str, Any], where: str = "thresholds", fix: str = "") -> dict[str, Any]:
     error = schemas.first_error(dict(table), "suite", "thresholds")
     if error is not None:
         name = ".".join(map(str, error.absolute_path))
-        raise ConfigError(schemas.describe(error), where=f"{where} {name}".strip())
+        raise ConfigError(schemas.describe(error), where=f"{where} {name}".strip(), fix=fix)
     return {k: tuple(v) if k == "length_ratio" else v for k, v in table.items()}
 
 

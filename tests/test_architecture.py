@@ -14,7 +14,19 @@ DRAWING = (ROOT / "docs" / "architecture.md").read_text("utf-8")
 
 LAYERS = [
     {"suite", "generation", "fingerprint", "schemas", "errors", "text"},
-    {"judging", "checks", "arbiter", "candidate", "comparison", "noise", "accuracy", "verdict", "result", "golden"},
+    {
+        "judging",
+        "checks",
+        "arbiter",
+        "merging",
+        "candidate",
+        "comparison",
+        "noise",
+        "accuracy",
+        "verdict",
+        "result",
+        "golden",
+    },
     {"store", "probe", "precision", "models", "engines", "numerics"},
     {"report"},
     {"gate", "review"},

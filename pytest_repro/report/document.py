@@ -8,9 +8,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from .. import __version__
-from ..result import PromptResult, Recording, SuiteResult
+from .. import __version__, schemas
+from ..errors import ConfigError
+from ..fingerprint import Change
+from ..result import Check, PromptResult, Recording, SuiteResult, Texts
 from ..store import atomic_write
+from ..suite import parse_shard, thresholds
 from ..verdict import Verdict
 
 SCHEMA = 1
@@ -21,6 +24,7 @@ METRICS = (
 """Metrics that are there whatever happened; null where they could not be taken."""
 
 Document = dict[str, Any]
+_MADE_BY = "name reports of pytest --repro-check --repro-shard i/n --repro-report-json FILE"
 
 
 def of_suite(result: SuiteResult) -> Document:
@@ -30,7 +34,10 @@ def of_suite(result: SuiteResult) -> Document:
         "name": result.name,
         "path": result.path,
         "numerics": result.numerics,
+        "shard": str(result.shard) if result.shard else None,
+        "settings": dict(result.settings),
         "verdict": "pass" if result.passed else "fail",
+        "claimed_compute": result.claimed,
         "observed_compute": (result.observed or {}).get("compute_class"),
         "observed": dict(result.observed) if result.observed else None,
         "golden": dict(result.golden) if result.golden else None,
@@ -77,6 +84,62 @@ def of_session(suites: Sequence[Mapping[str, Any]], recordings: Sequence[Mapping
         "suites": list(suites),
         "recordings": list(recordings),
     }
+
+
+def read(path: Path) -> list[SuiteResult]:
+    """The suites of a report, as results again.
+
+    Raises:
+        ConfigError: it is not a report of this schema, or holds no check.
+    """
+    try:
+        data = json.loads(path.read_bytes().decode("utf-8"))
+    except FileNotFoundError:
+        raise ConfigError("there is no such report", where=path, fix=_MADE_BY) from None
+    except (OSError, ValueError, RecursionError) as exc:
+        raise ConfigError(f"not a JSON report: {exc}", where=path, fix=_MADE_BY) from None
+    version = data.get("schema") if isinstance(data, dict) else None
+    if version != SCHEMA:
+        raise ConfigError(f"a report of schema {SCHEMA} is needed, and this has {version!r}", where=path, fix=_MADE_BY)
+    error = schemas.first_error(data, "report")
+    if error is not None:
+        name = ".".join(map(str, error.absolute_path))
+        raise ConfigError(schemas.describe(error), where=f"{path} [{name}]", fix=_MADE_BY)
+    if not data["suites"]:
+        raise ConfigError("this report holds no check", where=path, fix=_MADE_BY)
+    return [_result(suite, str(path)) for suite in data["suites"]]
+
+
+def _result(suite: Mapping[str, Any], where: str) -> SuiteResult:
+    return SuiteResult(
+        name=suite["name"],
+        path=suite["path"],
+        numerics=suite["numerics"],
+        thresholds=thresholds(suite["thresholds"], where=f"{where} [thresholds]", fix=_MADE_BY),
+        size=suite["size"],
+        prompts=tuple(_prompt_result(p) for p in suite["prompts"]),
+        checks=tuple(Check(**check) for check in suite["checks"]),
+        claimed=suite["claimed_compute"],
+        shard=parse_shard(suite["shard"], where=f"{where} [shard]") if suite["shard"] else None,
+        shard_size=len(suite["prompts"]),
+        settings=suite["settings"],
+        golden=suite["golden"],
+        observed=suite["observed"],
+        environment=suite["environment"],
+        environment_diff=tuple(Change(**change) for change in suite["environment_diff"]),
+        equal_fields=suite["equal_fields"],
+        envelope_deficit=suite["envelope_deficit"],
+        metrics=suite["metrics"],
+        notes=tuple(suite["notes"]),
+        seconds=suite["seconds"],
+        next_steps=tuple((step["command"], step["when"]) for step in suite["next_steps"]),
+    )
+
+
+def _prompt_result(prompt: Mapping[str, Any]) -> PromptResult:
+    fields = {key: value for key, value in prompt.items() if key != "fails"}
+    texts = {key: Texts(**fields[key]) for key in ("golden_text", "now_text") if fields.get(key)}
+    return PromptResult(**{**fields, **texts, "verdict": Verdict(fields["verdict"])})
 
 
 def write(path: Path, document: Document) -> None:

@@ -26,7 +26,8 @@ MOST_SUSPECTS = 6
 
 def title(suite: Mapping[str, Any]) -> str:
     """Heading of a suite's section."""
-    return inert(f"repro: {suite['path']} [{suite['numerics']}]")
+    shard = f" shard {suite['shard']}" if suite["shard"] else ""
+    return inert(f"repro: {suite['path']} [{suite['numerics']}]{shard}")
 
 
 def lines(suite: Mapping[str, Any], *, verbose: bool = False) -> Iterator[Line]:
@@ -72,9 +73,20 @@ def _head(suite: Mapping[str, Any]) -> Iterator[Line]:
     asked = len(suite["prompts"])
     count = f"{asked} prompts" if asked == suite["size"] else f"{asked} of {suite['size']} prompts"
     yield f"{'FAIL' if failed else 'PASS'}  {count}{against}, {suite['seconds']:.0f} s", "red" if failed else "green"
+    if suite["shard"] and not asked:
+        yield (
+            f"      shard {suite['shard']} holds no batch, since there are fewer batches than shards: nothing to do",
+            "",
+        )
+        return
     counts = " · ".join(f"{suite['counts'][v]} {v}" for v in reversed(_ORDER) if suite["counts"].get(v))
     rules = "; ".join(suite["failures"])
     yield f"      {counts}" + (f"            {rules}" if rules else ""), ""
+    if suite["shard"]:
+        yield (
+            f"      shard {suite['shard']}: accuracy, length and thresholds of the whole: pytest-repro merge --report",
+            "",
+        )
     moved = suite["metrics"].get("mean_abs_dlogp")
     if moved is not None and (failed or suite["counts"].keys() != {"identical"}):
         benign = suite["metrics"]["benign_abs_dlogp"]
@@ -192,4 +204,7 @@ def _recording(r: Mapping[str, Any]) -> Iterator[Line]:
         f"          benign noise: mean |Δlogp| {noise['mean_abs_dlogp']:.2g}, largest change of a gap {noise['max_deficit']:.2g}",
         "",
     )
+    if r["shard"]:
+        yield f"next      pytest-repro merge {r['path']}   once the other shards are recorded", "bold"
+        return
     yield f"next      pytest-repro review {r['path']}", "bold"

@@ -22,6 +22,10 @@ REVIEW = Review(by="Ada <ada@example.org>", when="2026-11-21T10:00:00+00:00", re
 IDENTITY = {"model.weights": "sha256:w", "tokenizer": "sha256:t"}
 BF16 = {"compute_class": "bf16", "product_bits": 8.0, "sum_bits": 8.0, "detail": "lm_head"}
 FP32 = {"compute_class": "fp32", "product_bits": 24.0, "sum_bits": 23.0, "detail": "lm_head"}
+SETTINGS = {
+    "prompts": "sha256:p", "max_new_tokens": 8, "batch_size": 2, "engine": "scripted", "scorer": "exact", "method": "auto",
+    "arbiter": "auto", "allow_changed": "", "golden": None,
+}  # fmt: skip
 SUITE_TOML = '[suite]\nname = "s"\nmodel = "m"\nprompts = "prompts.jsonl"\n'
 """Four lines: what a test appends starts on line 5."""
 
@@ -120,10 +124,11 @@ def suite_result(*prompts: PromptResult, **changes: Any) -> SuiteResult:
         prompts=prompts,
         checks=(Check("golden", "pass", "bf16.golden, accepted by Ada"),),
         golden={"name": "bf16", "digest": digest("content"), "recorded": "2026-11-21T10:00:00+00:00",
-                "engine": "scripted 1.0", "batch_size": 4, "review": vars(REVIEW)},
+                "engine": "scripted 1.0", "batch_size": 4, "review": vars(REVIEW), "accuracy": None, "mean_abs_dlogp": 0.5},
         observed=BF16,
         environment={**IDENTITY, "engine": "scripted", "batch_size": 4},
         equal_fields=3,
+        settings=SETTINGS,
     )  # fmt: skip
     return replace(base, **changes)
 

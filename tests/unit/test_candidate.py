@@ -1,12 +1,16 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
-from pytest_repro.candidate import with_notes
+from pytest_repro.candidate import of_parts, with_notes
 from pytest_repro.generation import Output
+from pytest_repro.golden import Part
 from tests.unit.builders import generation, golden, output
 
 BEFORE = golden(generation(output("a", [1, 2, 3], gap=[1, 0.5, 1]), output("b", [4])), digest="sha256:before")
+AFTER = golden(generation(output("a", [1, 9]), output("c", [5])), digest="sha256:after")
 
 
 def test_the_first_candidate_replaces_nothing() -> None:
@@ -48,3 +52,23 @@ def test_fp32_waives_nothing_in_a_review() -> None:
     now = golden(generation(output("a", [1, 9], watched=[-0.5, -0.75])), compute_class="fp32")
     noted = with_notes(now, BEFORE).candidate
     assert noted is not None and noted["prompts"][0]["verdict"] == "near_tie"
+
+
+def test_parts_bring_what_they_saw_while_recording() -> None:
+    """A deficit that was watched stands in no file; a note against another golden is not believed."""
+    names = [note["id"] for note in (with_notes(AFTER, BEFORE).candidate or {})["prompts"]]
+    first = AFTER.generation.ids[0]
+    told = {"id": first, "verdict": "drift", "deficit": 3.5}
+    notes = {"against": BEFORE.digest, "prompts": [told]}
+    here, elsewhere = replace(AFTER, candidate=notes), replace(AFTER, candidate={**notes, "against": "sha256:x"})
+    found = (of_parts(AFTER, [here], BEFORE).candidate or {})["prompts"]
+    assert [note["id"] for note in found] == names and told in found
+    assert of_parts(AFTER, [elsewhere], BEFORE).candidate == {
+        **(with_notes(AFTER, BEFORE).candidate or {}), "parts": [AFTER.digest],
+    }  # fmt: skip
+
+
+def test_a_part_removes_nothing() -> None:
+    part = Part(1, 2, 9, "sha256:p", "exact")
+    notes = (with_notes(replace(AFTER, part=part), BEFORE).candidate or {})["prompts"]
+    assert "removed" not in {note["verdict"] for note in notes}

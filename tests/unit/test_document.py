@@ -2,18 +2,20 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from pytest_repro import judging, schemas
+from pytest_repro import judging, merging, schemas
 from pytest_repro.comparison import compare_decode
-from pytest_repro.errors import EngineError, GoldenMissing
+from pytest_repro.errors import ConfigError, EngineError, GoldenMissing
 from pytest_repro.fingerprint import Change
 from pytest_repro.judging import Gathered
 from pytest_repro.report import document
 from pytest_repro.result import Recording, SuiteResult, Texts
+from pytest_repro.suite import Shard
 from pytest_repro.verdict import Verdict
-from tests.unit.builders import BF16, IDENTITY, generation, golden, judged, output, suite, suite_result
+from tests.unit.builders import BF16, IDENTITY, SETTINGS, generation, golden, judged, output, suite, suite_result
 
 
 def checked(watched: list[float] | None) -> SuiteResult:
@@ -22,19 +24,19 @@ def checked(watched: list[float] | None) -> SuiteResult:
     then = golden(generation(output("a", [1, 2]), output("b", [4])), scores=(True, True))
     now = generation(output("a", [1, 9], watched=watched), output("b", [4]))
     start = judging.blank(of, "bf16", "bf16", None, "golden/s")
-    start = judging.against(judging.replace(start, environment=IDENTITY, observed=BF16), then, of, frozenset())
+    start = judging.replace(start, environment=IDENTITY, observed=BF16, settings=SETTINGS)
+    start = judging.against(start, then, of, frozenset())
     evidence = Gathered(None, compare_decode(then.generation, now), now)
     return judging.judge_all(start, of, then, evidence, lambda tokens: "\ud800\x1b", False)
 
 
+BLANK = judging.replace(judging.blank(suite("a"), "fp32", "fp32", None, ""), settings=SETTINGS)
 RESULTS = {
     "passed": suite_result(judged("a"), judged("b", score_golden=True, score_now=False)),
     "judged": checked([-0.5, -0.75]),
     "judged-unknown": checked(None),
-    "missing": judging.broken(
-        judging.blank(suite("a"), "fp32", "fp32", None, ""), GoldenMissing("none", fix="record it")
-    ),
-    "error": judging.broken(judging.blank(suite("a"), "fp32", "fp32", None, ""), EngineError("out of memory")),
+    "missing": judging.broken(BLANK, GoldenMissing("none", fix="record it")),
+    "error": judging.broken(BLANK, EngineError("out of memory")),
     "odd": suite_result(
         judged("a", Verdict.DRIFT, divergence_index=0, golden_text=Texts("\x1b", "\ud800", "é"), deficit=0.5),
         environment_diff=(Change("torch", "numerics", None, "2.14"), Change("gpu.mig", "numerics", True, 1.5)),
@@ -81,3 +83,55 @@ def test_a_session_fails_if_one_suite_does() -> None:
     recording = Recording("s", "golden/s", "bf16", "bf16.pending.jsonl", 3, None, None, {"max_deficit": 0.25}, 1.0)
     report = document.of_session([], [document.of_recording(recording)])
     assert schemas.first_error(report, "report") is None and report["recordings"][0]["changed"] is None
+
+
+# --- read again -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("result", [r for name, r in RESULTS.items() if name != "odd"])
+def test_a_report_that_is_read_says_what_was_written(tmp_path: Path, result: SuiteResult) -> None:
+    shard = judging.replace(result, shard=Shard(1, 1), shard_size=len(result.prompts))
+    file = tmp_path / "report.json"
+    document.write(file, document.of_session([document.of_suite(shard)], []))
+    (again,) = document.read(file)
+    assert document.of_suite(again) == document.of_suite(shard)
+    assert again.prompts == shard.prompts and again.thresholds == shard.thresholds
+
+
+HOSTILE: dict[str, tuple[tuple[str | int, ...], Any, str]] = {
+    "verdict": (("suites", 0, "prompts", 0, "verdict"), "fine", "prompts.0.verdict"),
+    "shard": (("suites", 0, "shard"), "0/3", "shard"),
+    "beyond": (("suites", 0, "shard"), "4/3", "shard"),
+    "shard-type": (("suites", 0, "shard"), 3, "shard"),
+    "batch-size": (("suites", 0, "settings", "batch_size"), 0, "batch_size"),
+    "settings": (("suites", 0, "settings"), {}, "settings"),
+    "threshold": (("suites", 0, "thresholds", "max_divergent"), -1, "max_divergent"),
+    "threshold-nan": (("suites", 0, "thresholds", "max_divergent"), float("nan"), "max_divergent"),
+    "threshold-name": (("suites", 0, "thresholds", "x"), 1, "thresholds"),
+    "golden": (("suites", 0, "golden", "review"), {"by": 3}, "review.by"),
+    "prompt-key": (("suites", 0, "prompts", 0, "x"), 1, "prompts.0"),
+    "size": (("suites", 0, "size"), 2.5, "size"),
+    "empty": (("suites",), [], "holds no check"),
+    "schema": (("schema",), 2, "schema 1 is needed"),
+}
+
+
+@pytest.mark.parametrize("case", HOSTILE)
+def test_a_report_that_is_none_is_refused(tmp_path: Path, case: str) -> None:
+    path, value, told = HOSTILE[case]
+    report = json.loads(json.dumps(document.of_session([document.of_suite(RESULTS["passed"])], [])))
+    inner = report
+    for key in path[:-1]:
+        inner = inner[key]
+    inner[path[-1]] = value
+    file = tmp_path / "report.json"
+    file.write_text(json.dumps(report))
+    with pytest.raises(ConfigError) as refused:
+        document.read(file)
+    assert told in str(refused.value) and str(file) in refused.value.where and refused.value.fix
+
+
+def test_a_suite_of_absurd_size_is_refused_at_once(tmp_path: Path) -> None:
+    huge = judging.replace(RESULTS["passed"], size=10**15, shard=Shard(1, 1))
+    with pytest.raises(ConfigError, match="judged 2 of its 1000000000000000 prompts"):
+        merging.result_of([("x.json", huge)])

@@ -42,7 +42,7 @@ def blank(of: Suite = ABC, mode: str = "bf16", selected: set[str] | None = None,
     result = judging.blank(
         of, mode, None if mode == "native" else mode, None if selected is None else frozenset(selected), "golden/s"
     )
-    return replace(result, **{"environment": NOW, "observed": BF16, **changes})
+    return replace(result, **{"environment": NOW, "observed": BF16, "golden": judging.described(GOLDEN), **changes})
 
 
 def verdicts(result: SuiteResult) -> list[str]:
@@ -296,7 +296,9 @@ def test_a_suite_that_passes_has_no_next_step() -> None:
 
 def test_an_unreviewed_golden_fails_even_if_nothing_differs() -> None:
     rows = gathered([scores(n, SAME) for n in "abc"])
-    result = judging.judge_all(blank(), ABC, replace(GOLDEN, review=None), rows, spell, False)
+    unreviewed = replace(GOLDEN, review=None)
+    start = blank(golden=judging.described(unreviewed))
+    result = judging.judge_all(start, ABC, unreviewed, rows, spell, False)
     assert verdicts(result) == ["identical"] * 3 and not result.passed
     assert "never reviewed" in result.checks[0].message
     assert result.next_steps[0][0] == "pytest-repro review golden/s"
@@ -317,7 +319,7 @@ def test_a_claim_is_held_against_what_was_observed(asked: str, observed: str, st
         claimed=None if asked == "native" else asked,
         observed={**BF16, "compute_class": observed},
     )
-    found = checks.summed_up(result, GOLDEN, lambda _: (4, 4))
+    found = checks.summed_up(result)
     assert [c.status for c in found.checks if c.name == "compute"] == [status]
     assert found.passed is (status != "fail")
 
@@ -328,7 +330,7 @@ def test_every_report_says_what_the_waiver_was_and_did(policy: Any) -> None:
     for observed, said in ((FP32, f"fp32_waiver = {policy}: {int(policy != 'none')} waived"),
                            (BF16, f"fp32_waiver = {policy} does not apply: FP32-class compute was not observed")):  # fmt: skip
         result = suite_result(*waived, observed=observed, thresholds=Thresholds(fp32_waiver=policy))
-        (check,) = (c for c in checks.summed_up(result, GOLDEN, lambda _: (4, 4)).checks if c.name == "compute")
+        (check,) = (c for c in checks.summed_up(result).checks if c.name == "compute")
         assert check.message.endswith(said)
 
 
@@ -338,7 +340,7 @@ def scored(golden_right: int, lost: int, gained: int, n: int = 20) -> SuiteResul
 
 
 def accuracy_of(result: SuiteResult) -> tuple[str, str]:
-    check = next(c for c in checks.summed_up(result, GOLDEN, lambda _: (4, 4)).checks if c.name == "accuracy")
+    check = next(c for c in checks.summed_up(result).checks if c.name == "accuracy")
     return check.status, check.message
 
 
@@ -354,7 +356,7 @@ def test_accuracy_tells_what_was_lost_and_what_could_be_seen() -> None:
     assert "50.0 % -> 25.0 %" in message and "5 lost, 0 gained, p = 0.031" in message
     assert "20 prompts can show a drop of 25.0 points" in message
     assert "can show no drop" in accuracy_of(scored(4, 0, 0))[1]
-    metrics = checks.summed_up(scored(10, 5, 0), GOLDEN, lambda _: (4, 4)).metrics
+    metrics = checks.summed_up(scored(10, 5, 0)).metrics
     assert (metrics["accuracy_golden"], metrics["accuracy_now"], metrics["accuracy_p_value"]) == (50.0, 25.0, 1 / 32)
 
 
@@ -384,8 +386,8 @@ def test_accuracy_that_is_not_judged_for_an_error_does_not_blame_the_answers() -
 )
 def test_length_is_judged_over_all_prompts_together(now: int | None, status: str) -> None:
     """Two prompts of 10 tokens each; the first is unchanged, so 18 to 22 tokens are within 0.9 to 1.1."""
-    lengths = {"a": (10, 10), "b": None if now is None else (10, now)}
-    found = checks.summed_up(suite_result(judged("a"), judged("b")), GOLDEN, lambda p: lengths[p.id])
+    unchanged, other = judged("a", tokens=10, tokens_now=10), judged("b", tokens=10, tokens_now=now)
+    found = checks.summed_up(suite_result(unchanged, other))
     assert [c.status for c in found.checks if c.name == "length"] == [status]
     assert found.metrics["length_ratio"] == (None if now is None else (10 + now) / 20)
 
@@ -404,7 +406,7 @@ def test_scores_of_a_suite() -> None:
 def test_a_changed_model_names_the_way_to_compare_it_all_the_same() -> None:
     changed = (Change("model.weights", "identity", "a", "b"),)
     result = suite_result(PromptResult("a", Verdict.INCOMPARABLE, "x"), environment_diff=changed)
-    found = checks.summed_up(result, GOLDEN, lambda _: None)
+    found = checks.summed_up(result)
     assert found.checks[0].status == "fail" and "answers another question: model.weights" in found.checks[0].message
     assert found.next_steps[0][0] == "pytest --repro-check golden/s --repro-allow-changed model"
 

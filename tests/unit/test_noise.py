@@ -1,11 +1,13 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
 
-from pytest_repro.noise import Envelope, bulk_ratio, envelope
+from pytest_repro.generation import Scores, subset
+from pytest_repro.noise import Envelope, bulk_ratio, envelope, merged
 from tests.unit.builders import f32, generation, output, scores, variant
 
 GOLDEN = generation(output("a", [1, 2]), output("b", [3]))
@@ -83,3 +85,24 @@ def test_json_round_trip() -> None:
 def test_fp32_noise_may_grow_more_than_16_bit_noise_and_exact_noise_not_at_all() -> None:
     assert bulk_ratio("bf16") == bulk_ratio("fp16") == 2.0
     assert bulk_ratio("fp32") == 10.0 and bulk_ratio("exact") == 1.0
+
+
+def test_envelopes_of_parts_are_the_envelope_of_the_whole() -> None:
+    """To the last bit: means are taken over all prompts again, whatever order the parts come in."""
+    random = np.random.default_rng(0)
+    whole = generation(*(output(f"p{i}", [i] * (1 + i % 4)) for i in range(23)))
+
+    def replayed(name: str, i: int) -> Scores:
+        n, rows = whole.length(i), replays.setdefault((name, i), random.normal(size=(3, 8)))
+        unknown = [math.nan] * n if i == 5 else (rows[1][:n] - 0.5).tolist()
+        return scores(f"p{i}", [i] * n, np.abs(rows[0][:n]).tolist(), unknown, rows[2][:n].tolist())
+
+    replays: dict[tuple[str, int], Any] = {}
+
+    def measured(rows: list[int]) -> Envelope:
+        return envelope("bf16", subset(whole, rows), {v: [replayed(v, i) for i in rows] for v in ("x", "y", "z")})
+
+    one, places = measured(list(range(23))), [list(range(k, 23, 3)) for k in (2, 0, 1)]
+    found = merged([measured(rows) for rows in places], np.argsort(np.concatenate(places)))
+    assert found.variants == one.variants and found.to_json() == one.to_json()
+    np.testing.assert_array_equal(found.prompt_level, one.prompt_level)

@@ -3,10 +3,13 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from pytest_repro.errors import ConfigError, GoldenError, GoldenMissing
-from pytest_repro.golden import Golden
+from pytest_repro.generation import digest
+from pytest_repro.golden import Golden, Part
+from pytest_repro.noise import Envelope
 from pytest_repro.store import (
     GOLDEN,
     PENDING,
@@ -15,11 +18,13 @@ from pytest_repro.store import (
     atomic_write,
     candidates_for,
     find,
+    merge,
     pending,
     places,
     typed,
 )
-from tests.unit.builders import REVIEW, generation, golden, output
+from pytest_repro.suite import Shard
+from tests.unit.builders import REVIEW, f32, generation, golden, output, variant
 
 NEW = replace(
     golden(generation(output("a", [1, 2], gap=[0.5, 0.25]))), review=None, candidate={"against": None, "prompts": []}
@@ -241,3 +246,80 @@ def test_rejecting_leaves_the_golden(tmp_path: Path) -> None:
     put(tmp_path, "bf16")
     put(tmp_path, "bf16", PENDING, NEW).remove()
     assert pending(tmp_path) == [] and Place(tmp_path, "bf16").read().generation.tokens.tolist() == [1, 9]
+
+
+# --- parts ----------------------------------------------------------------------------------------------------------
+
+
+def part(folder: Path, index: int, time: str = "2026-11-22") -> Place:
+    """Part `index` of 2 of a suite of two prompts, one a batch."""
+    g = generation(output("ab"[index - 1], [index]))
+    noise = Envelope("bf16", (variant(),), f32([0.5]), np.full((1, 1), 0.5))
+    numbered = Part(index, 2, 2, digest("prompts"), "exact")
+    place = Place(folder, "bf16", PENDING, Shard(index, 2))
+    facts = {**NEW.fingerprint, "time": time}
+    place.write(replace(NEW, generation=g, noise=noise, batch_size=1, part=numbered, fingerprint=facts))
+    return place
+
+
+def test_a_part_is_known_by_its_name_and_not_accepted(tmp_path: Path) -> None:
+    place = part(tmp_path, 1)
+    assert names(tmp_path) == ["bf16.1of2.pending.jsonl", "bf16.1of2.pending.safetensors"]
+    assert places(tmp_path, PENDING) == [place] and place.read().part is not None
+    assert place.other == Place(tmp_path, "bf16")
+    with pytest.raises(ConfigError, match=r"this is a part, 1 of 2: pytest-repro merge first"):
+        taken(place)
+    for kind in (PENDING, GOLDEN):  # renamed, it is still a part
+        for suffix in ("jsonl", "safetensors"):
+            (tmp_path / f"bf16{kind}.{suffix}").write_bytes((tmp_path / f"bf16.1of2.pending.{suffix}").read_bytes())
+        with pytest.raises(GoldenError, match=r"the file's name says bf16, its content bf16, part 1 of 2"):
+            Place(tmp_path, "bf16", kind).read()
+
+
+def test_nothing_is_merged_before_everything_fits(tmp_path: Path) -> None:
+    for folder, indexes in (("one", (1, 2)), ("two", (2,))):
+        for index in indexes:
+            part(tmp_path / folder, index)
+    before = {folder: names(tmp_path / folder) for folder in ("one", "two")}
+    with pytest.raises(GoldenError, match="parts are missing: 1/2"):
+        merge(tmp_path)
+    assert before == {folder: names(tmp_path / folder) for folder in ("one", "two")}
+    part(tmp_path / "two", 1)
+    assert [(target.folder.name, n) for target, n in merge(tmp_path)] == [("one", 2), ("two", 2)]
+    assert names(tmp_path / "one") == ["bf16.pending.jsonl", "bf16.pending.safetensors"]
+
+
+@pytest.mark.parametrize("done", [0, 1, 2, 3])
+def test_a_merge_that_was_killed_is_mended_by_repeating_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, done: int
+) -> None:
+    """Killed at the n-th file that would be removed: all parts lie there until the merged candidate does."""
+    for index in (1, 2):
+        part(tmp_path, index)
+    left, unlink = [done], Path.unlink
+
+    def killed(path: Path, missing_ok: bool = False) -> None:
+        if not left[0]:
+            raise KeyboardInterrupt
+        left[0] -= 1
+        unlink(path, missing_ok=missing_ok)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Path, "unlink", killed)
+        merge(tmp_path)
+    whole = Place(tmp_path, "bf16", PENDING).read()
+    assert whole.generation.ids == ("a", "b")
+    if places(tmp_path, PENDING) != [Place(tmp_path, "bf16", PENDING)]:
+        merge(tmp_path)
+    assert Place(tmp_path, "bf16", PENDING).read().digest == whole.digest
+    assert [p.shard for p in places(tmp_path, PENDING)] == [None]
+
+
+def test_a_part_that_was_recorded_anew_is_not_taken_for_one_that_was_merged(tmp_path: Path) -> None:
+    for index in (1, 2):
+        part(tmp_path, index)
+    merge(tmp_path)
+    part(tmp_path, 1, time="2026-11-23")
+    with pytest.raises(GoldenError, match="parts are missing: 2/2"):
+        merge(tmp_path)
+    assert len(places(tmp_path, PENDING)) == 2

@@ -10,6 +10,7 @@ from pytest_repro.errors import ConfigError
 from pytest_repro.suite import (
     Overrides,
     Prompt,
+    Shard,
     Suite,
     Thresholds,
     apply,
@@ -18,6 +19,7 @@ from pytest_repro.suite import (
     load_prompts,
     merge,
     parse_engine_option,
+    parse_shard,
     parse_threshold,
 )
 from tests.unit.builders import SUITE_TOML, suite, write_suite
@@ -399,3 +401,41 @@ def test_bad_thresholds(text: str, message: str) -> None:
 )
 def test_batches(prompts: int, size: int, wanted: list[tuple[int, ...]]) -> None:
     assert list(suite(*map(str, range(prompts)), batch_size=size).batches()) == wanted
+
+
+# --- shards ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("size", "batch_size", "count"), [(7, 2, 3), (8, 2, 3), (1, 8, 4), (10, 1, 10), (5, 5, 1)])
+def test_shards_deal_out_whole_batches_in_turn(size: int, batch_size: int, count: int) -> None:
+    of = suite(*(f"p{i}" for i in range(size)), batch_size=batch_size)
+    whole, shards = list(of.batches()), [Shard(i + 1, count) for i in range(count)]
+    for shard in shards:
+        mine = of.batches_of(shard)
+        assert mine == [batch for k, batch in enumerate(whole) if k % count + 1 == shard.index]
+        assert shard.share(size, batch_size) == len(of.prompts_of(shard)) == sum(map(len, mine))
+        assert [of.prompts[i] for i in shard.places(size, batch_size)] == list(of.prompts_of(shard))
+    assert sorted(batch for shard in shards for batch in of.batches_of(shard)) == whole
+    assert of.batches_of(None) == whole and of.prompts_of(None) == of.prompts
+
+
+def test_the_digest_of_prompts_knows_questions_and_answers() -> None:
+    assert suite("a", "b").digest_of_prompts() == suite("a", "b", batch_size=1).digest_of_prompts()
+    others = [suite("a"), suite("b", "a"), suite("a", "b", answers={"a": "1"})]
+    assert len({of.digest_of_prompts() for of in [suite("a", "b"), *others]}) == 4
+
+
+@pytest.mark.parametrize("text", ["1/1", "1/3", "3/3", "999999/999999"])
+def test_a_shard_as_it_is_typed(text: str) -> None:
+    assert str(parse_shard(text)) == text
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "1", "/", "0/3", "4/3", "a/b", "1/0", "1/3/2", "-1/3", "+1/3", "01/3", " 1/3", "1/3\n", "1 / 3", "1.0/3", "١/٣",
+     "¹/³", "1/" + "9" * 5000],
+)  # fmt: skip
+def test_what_is_no_shard(text: str) -> None:
+    with pytest.raises(ConfigError) as told:
+        parse_shard(text)
+    assert "1 <= i <= n" in told.value.what and told.value.fix

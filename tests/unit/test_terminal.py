@@ -175,9 +175,26 @@ def test_a_long_value_is_cut() -> None:
 def test_a_recording() -> None:
     noise = {"mean_abs_dlogp": 0.5, "max_deficit": 0.25}
     record = {"prompts": 3, "golden": "bf16.pending.jsonl", "changed": None, "accuracy": None, "seconds": 2.0,
-              "noise": noise, "path": "golden/s"}  # fmt: skip
+              "noise": noise, "path": "golden/s", "shard": None}  # fmt: skip
     lines = [text for text, _ in terminal.recording(record)]
     assert "3 prompts as bf16.pending.jsonl: nothing to compare with, 2 s" in lines[0]
     assert "mean |Δlogp| 0.5" in lines[1] and lines[-1].endswith("pytest-repro review golden/s")
     changed = [text for text, _ in terminal.recording({**record, "changed": 2, "accuracy": 40.0})]
     assert "2 prompts changed, accuracy 40.0 %" in changed[0]
+
+
+def test_a_part_that_was_recorded_waits_for_the_others() -> None:
+    record = {"prompts": 3, "golden": "bf16.1of4.pending.jsonl", "changed": None, "accuracy": None, "seconds": 2.0,
+              "noise": {"mean_abs_dlogp": 0.5, "max_deficit": 0.25}, "path": "golden/s", "shard": "1/4"}  # fmt: skip
+    last = [text for text, _ in terminal.recording(record)][-1]
+    assert "pytest-repro merge golden/s" in last and "review" not in last
+
+
+def test_a_shard_says_which_it_is_and_what_it_leaves() -> None:
+    whole = document.of_suite(suite_result(judged("a"), size=4))
+    shard = {**whole, "shard": "2/3"}
+    assert terminal.title(shard).endswith("[bf16] shard 2/3") and "shard" not in terminal.title(whole)
+    assert any("pytest-repro merge --report" in text for text, _ in terminal.lines(shard))
+    assert not any("merge" in text for text, _ in terminal.lines(whole))
+    empty = {**shard, "prompts": [], "counts": {}, "golden": None}
+    assert any("shard 2/3 holds no batch" in text for text, _ in terminal.lines(empty))
