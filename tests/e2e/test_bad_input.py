@@ -68,7 +68,7 @@ BAD_SUITES: dict[str, tuple[Callable[[Project], object], list[str]]] = {
     ),
     "unknown-engine": (
         lambda p: p.suite(suite={"engine": "scriptd"}, engine=None),
-        [SUITE, "unknown engine 'scriptd'; known: transformers, scripted, module:function"],
+        [SUITE, "unknown engine 'scriptd'; known: transformers, vllm, openai, scripted, module:function"],
     ),
     "unknown-engine-option": (
         lambda p: p.suite(engine={"script": "script.jsonl", "jiter": 1}),
