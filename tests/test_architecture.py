@@ -27,6 +27,7 @@ HEAVY = {
     "transformers": {"engines.transformers", "engines.tokenizer", "models", "numerics.layercast.quantizer"},
     "triton": {"numerics.layercast.gpu"},
     "huggingface_hub": {"models"},
+    "httpx": {"engines.openai_client"},
     "typer": {"cli"},
     "rich": {"cli"},
     "git": {"probe"},
