@@ -50,7 +50,7 @@ def address(text: str, where: str) -> httpx.URL:
             where=where,
             fix=f"put the key into the environment variable {KEY_VARIABLE}",
         )
-    if url.scheme not in ("http", "https") or not url.host:
+    if url.scheme not in ("http", "https") or not url.host or not 0 < (url.port or 80) < 65536:
         raise ConfigError(f"{text!r} is no http or https address", where=where, fix="e.g. http://127.0.0.1:8000/v1")
     return url
 
