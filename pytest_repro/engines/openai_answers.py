@@ -57,8 +57,8 @@ def text_output(request: Request, data: Data) -> Output:
     reason = _finish_reason(choice)
     message = choice.get("message")
     text = _text({"text": message.get("content")} if isinstance(message, dict) else choice)
-    if not text:
-        raise Malformed("the server answered with an empty text")
+    if not text and reason != "stop":
+        raise Malformed("the server answered with an empty text, and did not end it")
     tokens = np.frombuffer(text.encode("utf-8", "replace"), np.uint8).astype(np.int32)
     unknown = np.full(len(tokens), np.nan, np.float32)
     return Output(

@@ -205,6 +205,22 @@ def test_a_server_that_shows_no_ids_is_compared_by_its_text(state: dict[str, Any
     assert any("only texts are compared" in line for line in says)
 
 
+def test_an_empty_text_is_an_answer_if_the_model_ended_it() -> None:
+    with serving(token_ids=False) as fake, opened(fake.url) as engine:
+        asked, choice = requests(engine), {"message": {"content": ""}, "finish_reason": "stop"}
+        fake.state.spoil = for_prompt(
+            "a",
+            {"model": "tiny", "system_fingerprint": fake.state.fingerprint, "choices": [choice]},
+            "/v1/chat/completions",
+        )
+        (output, *_) = engine.generate(asked)
+        assert (output.error, output.text, len(output.tokens)) == ("", "", 0)
+        choice["finish_reason"] = "length"
+        assert set(errors(engine.generate(asked))) == {"a"}
+        choice |= {"finish_reason": "stop", "message": {"content": None}}
+        assert set(errors(engine.generate(asked))) == {"a"}
+
+
 def test_a_model_without_a_chat_template_gets_the_plain_text() -> None:
     with serving(chat=False) as fake, opened(fake.url) as engine:
         assert engine.encode(Prompt("p", "Hello")) == list(b"Hello")
