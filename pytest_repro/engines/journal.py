@@ -10,10 +10,12 @@ import contextlib
 import json
 import os
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+from filelock import FileLock, Timeout
 
 from ..generation import FINISH_REASONS, Output, Request, Scores, digest
 from ..models import cache_folder
@@ -26,14 +28,15 @@ _FLOATS, _TOKENS = ("logprob", "gap", "reference_logprob", "deficit"), ("tokens"
 class Journal:
     """The answers of one run, and those that the run before it left."""
 
-    def __init__(self, identity: Any) -> None:
+    def __init__(self, identity: Any, say: Callable[[str], None] = lambda _: None) -> None:
         """`identity` is everything, besides the request, that decides an answer: JSON, kept only as a digest."""
         self.folder = cache_folder() / "resume"
         self.file = self.folder / f"{digest(identity).removeprefix('sha256:')[:32]}.jsonl"
-        self._remove_old()
-        self.left = self._read()
+        self.left: dict[str, Any] = {}
         """Key -> answer, of an earlier run: each is taken over once."""
-        self._own: int | None = None
+        self._say, self._own = say, -1
+        self._lock = FileLock(f"{self.file}.lock")
+        self._open()
 
     def add(self, key: str, answer: Output | Scores) -> None:
         """One answer, on disk when this returns."""
@@ -45,25 +48,46 @@ class Journal:
             self._append({"key": key, "answer": None})
 
     def forget(self) -> None:
-        """Nothing of the earlier run is taken over, now or later."""
+        """Nothing more of the earlier run is taken over, now or later."""
         self.drop(self.left)
         self.left = {}
 
     def close(self, complete: bool) -> None:
         """Leave the answers behind, unless every prompt was answered."""
-        if self._own is not None:
-            os.close(self._own)
-        if complete:
-            self.file.unlink(missing_ok=True)
+        if self._own < 0:
+            return
+        os.close(self._own)
+        with contextlib.suppress(OSError):
+            if complete or not self.file.stat().st_size:
+                self.file.unlink()
+        self._lock.release()
+        with contextlib.suppress(OSError):
+            Path(self._lock.lock_file).unlink()
+
+    def _open(self) -> None:
+        """A run that cannot be written down, or whose twin is still under way, is run all the same."""
+        try:
+            self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self.folder.chmod(0o700)  # it holds answers
+            self._lock.acquire(timeout=0)
+            self._remove_old()
+            self.left = self._read()
+            flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | getattr(os, "O_NOFOLLOW", 0)
+            self._own = os.open(self.file, flags, 0o600)
+        except Timeout:
+            self._say("another run of the same is under way: this one takes nothing over, and cannot be resumed")
+        except OSError as exc:
+            self._say(f"the run cannot be resumed should it break off: {exc.strerror}")
 
     def _append(self, line: dict[str, Any]) -> None:
-        if self._own is None:
-            self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            self.folder.chmod(0o700)  # it holds answers, and the cache may be older than this
-            self._own = os.open(self.file, os.O_WRONLY | os.O_CREAT | os.O_APPEND | getattr(os, "O_NOFOLLOW", 0), 0o600)
-        # One write, with a line break before it: what a killed run left half written spoils no more than itself.
-        os.write(self._own, b"\n" + json.dumps(line, ensure_ascii=True, allow_nan=False).encode())
-        os.fsync(self._own)
+        if self._own < 0:
+            return
+        try:
+            # One write, with a line break before it: what a killed run left half written spoils no more than itself.
+            os.write(self._own, b"\n" + json.dumps({"time": time.time(), **line}, allow_nan=False).encode())
+            os.fsync(self._own)
+        except OSError as exc:  # a full disk, say: what was asked for is an answer, not its copy
+            self._say(f"an answer was not written down: {exc.strerror}")
 
     def _remove_old(self) -> None:
         for file in self.folder.glob("*.jsonl"):
@@ -72,15 +96,13 @@ class Journal:
                     file.unlink()
 
     def _read(self) -> dict[str, Any]:
-        try:
-            lines = self.file.read_bytes().split(b"\n")
-        except OSError:
+        if not self.file.exists():
             return {}
         found: dict[str, Any] = {}
-        for line in lines:
+        for line in self.file.read_bytes().split(b"\n"):
             try:
                 row = json.loads(line)
-                found[str(row["key"])] = row["answer"]
+                found[str(row["key"])] = row["answer"] if 0 <= time.time() - row["time"] <= OLDEST else None
             except (ValueError, KeyError, TypeError, RecursionError):
                 continue
         return {key: answer for key, answer in found.items() if answer is not None}

@@ -128,12 +128,13 @@ class Server:
             try:
                 response = self._client.request(method, self._url(path), json=body)
             except (httpx.TransportError, httpx.DecodingError) as exc:
+                nobody = isinstance(exc, httpx.ConnectError)
                 failure = Unanswered(f"{name}: {self._broken(exc)}{_times(tried)}")
                 wait = self._pause(tried)
             except Exception as exc:  # whatever else a library finds wrong with what a server sent
                 raise Unanswered(f"{name}: {self._quoted(f'{type(exc).__name__}: {exc}')}") from None
             else:
-                self._gone = False
+                nobody = self._gone = False
                 if response.is_success:
                     return self._parsed(name, response)
                 failure = Unanswered(f"{name}: {self._refusal(response)}{_times(tried)}", response.status_code)
@@ -141,7 +142,7 @@ class Server:
                     raise failure
                 wait = self._asked_to_wait(response, tried)
             if left <= 0:
-                self._gone = failure.status is None
+                self._gone = nobody
                 raise failure
             if self._stopped.wait(wait):
                 raise failure

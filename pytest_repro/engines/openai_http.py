@@ -12,7 +12,7 @@ import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import PurePosixPath, PureWindowsPath
 from typing import Any, Generic, TypeVar
@@ -120,7 +120,8 @@ def open_engine(spec: Spec) -> Iterator[Engine]:
         identity = _identity(server, settings.model)
         can = _abilities(server, identity.model)
         _tell(spec, can)
-        left = Journal([str(settings.base_url), vars(identity), vars(can), str(spec.folder), spec.mode.name])
+        question = [str(settings.base_url), vars(identity), vars(can), str(spec.folder), spec.mode.name]
+        left = Journal(question, spec.say)
         engine = OpenAIEngine(server, identity, can, left, spec, settings)
         complete = False
         try:
@@ -240,12 +241,23 @@ def _abilities(server: Server, model: str) -> Abilities:
         chat, tokens = tokenised
         probe = Request("probe", np.asarray(tokens, np.int32), _HELLO)
         for logprobs in MOST_LOGPROBS:
-            with suppress(Unanswered, Malformed):
+            try:
                 data = server.post("completions", _completion(model, probe, 1, logprobs))
                 openai_answers.output(probe, data, 1)
+            except Unanswered as exc:
+                _raise_unless_refused(exc)
+            except Malformed:
+                break
+            else:
                 replays = _replays(server, model, probe, logprobs)
                 return Abilities(chat, True, logprobs, replays, "max_tokens", _answers_as(data))
     return _text_abilities(server, model)
+
+
+def _raise_unless_refused(exc: Unanswered) -> None:
+    """A server that cannot do a thing refuses it; one that is down, or wants a key, has told nothing of what it can do."""
+    if exc.status is None or exc.status in (401, 403, 429) or exc.status >= 500:
+        raise exc
 
 
 def _tokenised(server: Server, model: str) -> tuple[bool, list[int]] | None:
@@ -254,9 +266,7 @@ def _tokenised(server: Server, model: str) -> tuple[bool, list[int]] | None:
         try:
             return chat, _token_ids(server.post("/tokenize", _tokenize(model, _HELLO, chat)))
         except Unanswered as exc:
-            if exc.status is None or exc.status >= 500:
-                raise
-            # refused: a model without a chat template, or a server without a tokenizer
+            _raise_unless_refused(exc)  # refused: a model without a chat template, or a server without a tokenizer
         except Malformed:
             return None
     return None
@@ -265,9 +275,12 @@ def _tokenised(server: Server, model: str) -> tuple[bool, list[int]] | None:
 def _replays(server: Server, model: str, probe: Request, logprobs: int) -> bool:
     try:
         data = server.post("completions", _replay(model, probe, probe.tokens.tolist(), logprobs))
-        return all(len(row) >= 2 for row in openai_answers.prompt_rows(data, len(probe.tokens))[1:])
-    except (Unanswered, Malformed):
-        return False
+        return len(openai_answers.prompt_rows(data, len(probe.tokens))) > 1
+    except Unanswered as exc:
+        _raise_unless_refused(exc)
+    except Malformed:
+        pass
+    return False
 
 
 def _text_abilities(server: Server, model: str) -> Abilities:
@@ -278,8 +291,7 @@ def _text_abilities(server: Server, model: str) -> Abilities:
                 data = server.post(*_text_request(model, _HELLO, chat, limit, 1))
                 return Abilities(chat, False, 0, False, limit, _answers_as(data))
             except Unanswered as exc:
-                if exc.status is None or exc.status in (401, 403) or exc.status >= 500:
-                    raise
+                _raise_unless_refused(exc)
                 refused = refused or exc
     raise EngineError(f"the server answers neither chats nor completions: {refused.what if refused else ''}")
 
@@ -566,7 +578,9 @@ class OpenAIEngine:
         if not self._trusts_journal:
             first = next(iter(found))
             again = self._one(work, requests[first])
-            if again.error or not _alike(found[first], again):
+            if again.error:
+                return {}  # it says nothing of the others, and they stay for another run
+            if not _alike(found[first], again):
                 self.spec.say(
                     "answers of an interrupted run are not taken over: asked again, the first came out otherwise"
                 )

@@ -848,4 +848,61 @@ def test_a_day_old_journal_is_deleted_unread(tmp_path: Path) -> None:
         again = restart(State(), first)
         with opened(again.url, retries=0) as engine:
             assert engine._journal.left == {}
-            assert journals(tmp_path) == []
+            assert not other.exists()
+
+
+def test_an_answer_that_is_a_day_old_is_left_out(tmp_path: Path) -> None:
+    """A journal that is carried on keeps its file young: its lines have times of their own."""
+    with on_one_port(State()) as (first, restart):
+        interrupted(first)
+        (file,) = journals(tmp_path)
+        rows = [json.loads(line) for line in file.read_bytes().split(b"\n") if line]
+        rows[0]["time"] -= 25 * 3600
+        file.write_text("\n".join(map(json.dumps, rows)))
+        again = restart(State(), first)
+        with opened(again.url, retries=0) as engine:
+            assert len(engine._journal.left) == 1
+
+
+def test_a_run_beside_one_that_is_under_way_takes_nothing_over() -> None:
+    says: list[str] = []
+    with serving() as fake, opened(fake.url) as one:
+        one.generate(requests(one))
+        with opened(fake.url, says=says) as other:
+            assert other._journal.left == {}
+            assert not errors(other.generate(requests(other)))
+    assert any("another run of the same is under way" in line for line in says)
+
+
+def test_a_cache_that_cannot_be_written_is_said_and_the_run_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("PYTEST_REPRO_CACHE", str(tmp_path / "file"))
+    says: list[str] = []
+    with serving() as fake, opened(fake.url, says=says) as engine:
+        assert not errors(engine.generate(requests(engine)))
+    assert any("cannot be resumed" in line for line in says)
+
+
+def test_a_server_that_is_down_again_does_not_cost_what_was_left(tmp_path: Path) -> None:
+    with on_one_port(State()) as (first, restart):
+        interrupted(first)
+        second = restart(State(), first)
+        with opened(second.url, retries=0, concurrency=1) as engine:
+            asked = requests(engine)
+            second.state.dead = True
+            assert set(errors(engine.generate(asked))) == set("abcd")
+        third, says = restart(State(), second), list[str]()
+        with opened(third.url, says=says, retries=0, concurrency=1) as engine:
+            assert not errors(engine.generate(requests(engine)))
+        assert any("2 answers" in line for line in says)
+
+
+@pytest.mark.parametrize("path", ["/tokenize", "/v1/completions"])
+@pytest.mark.parametrize("answer", [Refusal(500), Refusal(401), Refusal(429), None], ids=["500", "401", "429", "dead"])
+def test_an_outage_while_it_is_opened_is_not_taken_for_a_server_that_can_do_less(path: str, answer: Any) -> None:
+    with serving() as fake:
+        fake.state.spoil = lambda where, text, good: answer if where == path else good
+        with pytest.raises(EngineError), opened(fake.url, retries=1):
+            pass
