@@ -228,9 +228,9 @@ def _version(server: Server, path: str, field: str, attempts: int | None) -> str
     try:
         found = server.get(path, attempts).get(field)
     except Unanswered as exc:
-        if exc.status is None or exc.status >= 500:
+        if exc.status is None or exc.status in (408, 429) or exc.status >= 500:
             raise
-        return ""
+        return ""  # a server that has no such page, or shows it to nobody
     return inert(str(found))[:80] if isinstance(found, str | int | float) else ""
 
 
@@ -491,8 +491,7 @@ class OpenAIEngine:
         def ask(request: Request) -> Mapping[str, Any]:
             assert request.reference is not None, "replay needs the golden's tokens"
             tokens = [*request.tokens.tolist(), *request.reference.tolist()]
-            data = self.server.post("completions", _replay(self.identity.model, request, tokens, self.can.logprobs))
-            return data
+            return self.server.post("completions", _replay(self.identity.model, request, tokens, self.can.logprobs))
 
         def read(request: Request, data: Mapping[str, Any]) -> Scores:
             found = openai_answers.scores(request, data)
@@ -584,6 +583,7 @@ class OpenAIEngine:
                 self.spec.say(
                     "answers of an interrupted run are not taken over: asked again, the first came out otherwise"
                 )
+                self._journal.drop(keys)
                 self._journal.forget()
                 return {}
             self._trusts_journal = True

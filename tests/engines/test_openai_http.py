@@ -670,10 +670,12 @@ def test_a_server_that_changes_while_a_batch_runs_spoils_the_batch(tmp_path: Pat
         assert not engine._journal.left, "none of it is taken over later"
 
 
-def test_an_unreachable_version_is_no_change() -> None:
+@pytest.mark.parametrize("status", [429, 503])
+@pytest.mark.parametrize("page", ["/version", "/v1/models"])
+def test_a_page_that_cannot_be_had_just_now_is_no_change(page: str, status: int) -> None:
     with serving() as fake, opened(fake.url) as engine:
         asked = requests(engine)
-        fake.state.spoil = lambda path, text, answer: Refusal(503) if path == "/version" else answer
+        fake.state.spoil = lambda path, text, answer: Refusal(status) if path == page else answer
         assert not errors(engine.generate(asked))
 
 
