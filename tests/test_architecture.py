@@ -58,6 +58,7 @@ HEAVY = {
     },
     "triton": {"numerics.layercast.gpu"},
     "huggingface_hub": {"models"},
+    "httpx": {"engines.openai_client"},
     "typer": {"cli"},
     "rich": {"cli"},
     "git": {"probe"},

@@ -114,7 +114,12 @@ REGISTRY: dict[str, Entry] = {
         "transformers", needs_model=True, extra="transformers", options=("device", "attention", "round_weights")
     ),
     "vllm": Entry("vllm", needs_model=True, extra="vllm", options=VLLM_OPTIONS),
-    "openai": Entry("openai_http", needs_model=False, extra="openai", options=()),
+    "openai": Entry(
+        "openai_http",
+        needs_model=False,
+        extra="openai",
+        options=("base_url", "model", "concurrency", "timeout", "retries", "backoff"),
+    ),
     "scripted": Entry("scripted", needs_model=False, extra="", options=("script", "fp32", "observed", "jitter")),
 }
 

