@@ -13,7 +13,7 @@ import statistics
 import sys
 import tempfile
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -119,7 +119,11 @@ def started(stack: ExitStack, spec: Spec) -> tuple[Engine, psutil.Process]:
 
 
 def worker_processes() -> set[psutil.Process]:
-    return {p for p in psutil.Process().children(recursive=True) if "VLLM::Worker" in " ".join(p.cmdline())}
+    found = set()
+    for process in psutil.Process().children(recursive=True):
+        with suppress(psutil.Error):  # an ended one that nobody has waited for yet
+            found |= {process} if "VLLM::Worker" in " ".join(process.cmdline()) else set()
+    return found
 
 
 def memory(workers: dict[str, psutil.Process]) -> dict[str, Any]:

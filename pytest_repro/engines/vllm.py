@@ -169,8 +169,13 @@ class VllmEngine:
         spec.say(f"vLLM {version} starts, in processes of its own")
         self.llm = self._open(path)
         self.config = self.llm.llm_engine.vllm_config
-        self.context_length: int | None = int(self.config.model_config.max_model_len)
-        self._call("repro_enter", spec.mode.name)
+        # One less than vLLM's: after whatever is scored, one token is always generated.
+        self.context_length: int | None = int(self.config.model_config.max_model_len) - 1
+        try:
+            self._call("repro_enter", spec.mode.name)
+        except BaseException:
+            self.close()
+            raise
 
     def _prepare(self) -> None:
         """Compile LayerCast's product once, in sight, rather than in every worker."""
@@ -365,10 +370,9 @@ class VllmEngine:
         if request.reference is None:
             raise EngineError(f"prompt {request.id}: nothing to replay")
         whole = [*request.tokens.tolist(), *request.reference.tolist()]
-        if self.context_length is not None and len(whole) >= self.context_length:
-            # One token is always generated: the golden's last needs no successor, but must have room for one.
+        if self.context_length is not None and len(whole) > self.context_length:
             raise EngineError(
-                f"prompt {request.id} and its golden have {len(whole)} tokens: vLLM can score {self.context_length - 1}",
+                f"prompt {request.id} and its golden have {len(whole)} tokens: vLLM can score {self.context_length}",
                 fix="--repro-engine-option max_model_len=N, or --repro-method decode",
             )
         return self._prompt(whole, 1, prompt_logprobs=TOP)
