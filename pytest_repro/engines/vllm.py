@@ -36,6 +36,9 @@ TESTED = "0.32"
 PASSED_THROUGH = tuple(name for name in VLLM_OPTIONS if name != "round_weights")
 """Arguments of `vllm.LLM` under the same name."""
 
+EXECUTORS = ("mp", "ray", "uni")
+"""Values of `distributed_executor_backend`. vLLM would import any other, and a suite is data from a pull request."""
+
 TOP = 20
 """Log-probabilities asked for at each position, vLLM's own most: a golden's token beyond them has an unknown deficit."""
 CPU_KV_CACHE = 2**30
@@ -51,6 +54,12 @@ def open_engine(spec: Spec) -> Iterator[Engine]:
         ConfigError: an option that vLLM does not take.
     """
     assert spec.model is not None, "the vllm engine needs a model"
+    executor = spec.options.get("distributed_executor_backend", EXECUTORS[0])
+    if executor not in EXECUTORS:
+        raise ConfigError(
+            f"distributed_executor_backend is one of {', '.join(EXECUTORS)}, not {executor!r}",
+            where=f"{spec.folder} [engine.distributed_executor_backend]",
+        )
     before = dict(os.environ)
     with tempfile.TemporaryDirectory(prefix="pytest-repro-vllm-") as folder:
         log = Path(folder) / "vllm.log"
@@ -74,6 +83,7 @@ def _environment(spec: Spec, log: Path) -> dict[str, str]:
         "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
         "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
         "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_CONFIGURE_LOGGING": "1",
         "VLLM_LOGGING_CONFIG_PATH": str(config),
     }
     if spec.options.get("enforce_eager", True):
@@ -95,12 +105,18 @@ def _log_to(log: Path) -> dict[str, Any]:
 
 
 def _started(spec: Spec, log: Path) -> VllmEngine:
-    import vllm
-
+    try:
+        import vllm
+    except ImportError as exc:
+        raise EngineError(
+            f"vLLM cannot be imported: {exc}",
+            where="engine vllm",
+            fix="pip install 'pytest-repro[vllm]'; without a GPU see docs/engines.md",
+        ) from exc
     version = str(vllm.__version__)
     _check_version(version, spec.say)
     try:
-        return VllmEngine(spec, vllm, version)
+        return VllmEngine(spec, vllm, version, log)
     except (ConfigError, EngineError):
         raise
     except Exception as exc:
@@ -155,8 +171,9 @@ class VllmEngine:
     text_only = False
     replays = True
 
-    def __init__(self, spec: Spec, vllm: Any, version: str) -> None:
+    def __init__(self, spec: Spec, vllm: Any, version: str, log: Path) -> None:
         assert spec.model is not None
+        self.log = log
         self.spec = spec
         self.vllm = vllm
         self.version = version
@@ -203,8 +220,9 @@ class VllmEngine:
         """Arguments of `vllm.LLM`: what keeps a run repeatable and safe, then the suite's own options."""
         options = {name: value for name, value in self.spec.options.items() if name in PASSED_THROUGH}
         mode = self.spec.mode
+        assert self.spec.model is not None
         arguments = {
-            "dtype": mode.dtype or "auto",
+            "dtype": mode.dtype or _dtype_of(str(self.spec.model.path)),
             "enforce_eager": True,
             "enable_prefix_caching": False,  # or what was asked before would decide what is computed
             "seed": 0,
@@ -249,7 +267,11 @@ class VllmEngine:
         except (ConfigError, EngineError):
             raise
         except Exception as exc:
-            raise EngineError(f"vLLM, {doing}: {type(exc).__name__}: {_first_line(exc)}") from exc
+            cause = _cause(self.log) if self.log.exists() else ""
+            raise EngineError(
+                f"vLLM, {doing}: {cause or f'{type(exc).__name__}: {_first_line(exc)}'}",
+                fix=f"its log: {_kept(self.log)}" if cause else "",
+            ) from exc
 
     def observe(self) -> Observation:
         """The worst that any worker shows: of its layers under crafted operands, and while one prompt is run."""
@@ -259,11 +281,12 @@ class VllmEngine:
             with self._explained("watching a prompt"):
                 self._run([self._prompt(list(range(8)), 1)], no_tick)
         finally:
-            watched = self._call("repro_watched")
+            with suppress(EngineError):  # of a vLLM that is gone, what ended it is what counts
+                watched = self._call("repro_watched")
         found = [Observation(**row) for rank in (*seen, *watched) for row in rank]
         if not found:
             return Observation("unknown", 0.0, 0.0, "vLLM showed no layer that can be probed")
-        return min(found, key=lambda o: (o.fp32_class, o.product_bits, o.sum_bits))
+        return worst(found)
 
     def facts(self) -> Fingerprint:
         """What is in force, as vLLM resolved it, and as the process of the first rank sees its machine."""
@@ -306,13 +329,24 @@ class VllmEngine:
 
     def generate(self, batch: Sequence[Request], tick: Tick = no_tick) -> list[Output]:
         """The batch enters the scheduler as a whole."""
-        watched = any(r.reference is not None for r in batch)
-        with self._explained(f"decoding a batch of {len(batch)}"):
+        able = [r for r in batch if not self._refusal(r)]
+        watched = any(r.reference is not None for r in able)
+        with self._explained(f"decoding a batch of {len(able)}"):
             asked = [
-                self._prompt(r.tokens.tolist(), self.spec.max_new_tokens, logprobs=TOP if watched else 2) for r in batch
+                self._prompt(r.tokens.tolist(), self.spec.max_new_tokens, logprobs=TOP if watched else 2) for r in able
             ]
             done = self._run(asked, lambda n: tick(n * self.spec.max_new_tokens))
-        return [self._output(request, answer.outputs[0]) for request, answer in zip(batch, done, strict=True)]
+        answers = {r.id: self._output(r, answer.outputs[0]) for r, answer in zip(able, done, strict=True)}
+        nothing = np.zeros(0, np.int32)
+        return [answers.get(r.id) or Output(r.id, nothing, "", "stop", error=self._refusal(r)) for r in batch]
+
+    def _refusal(self, request: Request) -> str:
+        """Why vLLM would refuse a prompt, and all that were asked with it; empty if it would not."""
+        size = self.config.model_config.get_vocab_size()
+        ids = [a for a in (request.tokens, request.reference) if a is not None and len(a)]
+        if any(int(a.max()) >= size for a in ids):
+            return f"the prompt or its golden has token ids beyond the vocabulary of {size}"
+        return ""
 
     def _prompt(self, tokens: list[int], max_tokens: int, **more: Any) -> tuple[dict[str, Any], Any]:
         parameters = self.vllm.SamplingParams(
@@ -328,6 +362,8 @@ class VllmEngine:
 
     def _run(self, asked: Sequence[tuple[dict[str, Any], Any]], done: Callable[[int], None]) -> list[Any]:
         """Answers in the order of what was asked."""
+        if not asked:
+            return []
         self.llm.sleep(level=0, mode="keep")
         names = self.llm.enqueue([p for p, _ in asked], [s for _, s in asked], use_tqdm=False)
         self.llm.wake_up(tags=["scheduling"])
@@ -350,7 +386,7 @@ class VllmEngine:
             gap=np.array([max(c - lp, 0.0) for c, (_, lp) in zip(chosen, rivals, strict=True)], np.float32),
             runner_up=np.array([token for token, _ in rivals], np.int32),
             reference_logprob=_watched(request, rows),
-            error=f"NaN in log-probabilities at token {bad[0]}" if len(bad) else "",
+            error=_broken(answer.finish_reason, bad),
         )
 
     def replay(self, requests: Sequence[Request], tick: Tick = no_tick) -> list[Scores]:
@@ -360,22 +396,25 @@ class VllmEngine:
     def _replay(self, batches: Sequence[Sequence[Request]], tick: Tick) -> list[Scores]:
         scores = []
         for batch in batches:
-            asked = [self._scored(request) for request in batch]
-            with self._explained(f"replaying {len(batch)} prompts"):
-                done = self._run(asked, _sharing(tick, batch))
-            scores += [_score(request, answer.prompt_logprobs) for request, answer in zip(batch, done, strict=True)]
+            able = [r for r in batch if not self._unscorable(r)]
+            with self._explained(f"replaying {len(able)} prompts"):
+                done = self._run([self._scored(r) for r in able], _sharing(tick, able))
+            found = {r.id: _score(r, answer.prompt_logprobs) for r, answer in zip(able, done, strict=True)}
+            scores += [found.get(r.id) or _unscored(r, self._unscorable(r)) for r in batch]
         return scores
 
-    def _scored(self, request: Request) -> tuple[dict[str, Any], Any]:
+    def _unscorable(self, request: Request) -> str:
+        """Why a prompt cannot be replayed; empty if it can."""
         if request.reference is None:
             raise EngineError(f"prompt {request.id}: nothing to replay")
-        whole = [*request.tokens.tolist(), *request.reference.tolist()]
-        if self.context_length is not None and len(whole) > self.context_length:
-            raise EngineError(
-                f"prompt {request.id} and its golden have {len(whole)} tokens: vLLM can score {self.context_length}",
-                fix="--repro-engine-option max_model_len=N, or --repro-method decode",
-            )
-        return self._prompt(whole, 1, prompt_logprobs=TOP)
+        length = len(request.tokens) + len(request.reference)
+        if self.context_length is not None and length > self.context_length:
+            return f"prompt and golden have {length} tokens, vLLM can score {self.context_length}: see max_model_len"
+        return self._refusal(request)
+
+    def _scored(self, request: Request) -> tuple[dict[str, Any], Any]:
+        assert request.reference is not None
+        return self._prompt([*request.tokens.tolist(), *request.reference.tolist()], 1, prompt_logprobs=TOP)
 
     def replay_fp32(self, requests: Sequence[Request], tick: Tick = no_tick) -> list[Scores] | None:
         """vLLM cannot recast a model that it has loaded."""
@@ -397,6 +436,11 @@ def _sharing(tick: Tick, batch: Sequence[Request]) -> Callable[[int], None]:
     """Ticks for prompts that are done, each with its share of the batch's golden tokens."""
     share = sum(len(r.reference) for r in batch if r.reference is not None) / max(len(batch), 1)
     return lambda prompts: tick(round(prompts * share))
+
+
+def worst(found: Sequence[Observation]) -> Observation:
+    """What counts of several observations: precision that was seen to be lost, then what was not seen, then FP32."""
+    return min(found, key=lambda o: (o.fp32_class, o.compute_class == "unknown", o.product_bits, o.sum_bits))
 
 
 class _Bar:
@@ -464,6 +508,19 @@ def _score(request: Request, flat: Any) -> Scores:
     )
 
 
+def _unscored(request: Request, why: str) -> Scores:
+    count = 0 if request.reference is None else len(request.reference)
+    unknown = np.full(count, np.nan, np.float32)
+    return Scores(request.id, unknown, unknown, np.full(count, -1, np.int32), unknown, error=why)
+
+
+def _broken(finish_reason: str | None, bad: Any) -> str:
+    """Why an answer is none; empty if it is one."""
+    if finish_reason not in ("stop", "length"):
+        return f"vLLM ended the answer: {finish_reason}"
+    return f"NaN in log-probabilities at token {bad[0]}" if len(bad) else ""
+
+
 def _top(row: dict[int, float], golden: int) -> tuple[int, float]:
     """The best token and its log-probability; among equals the golden's own, since greedy decoding may take any."""
     return max(row.items(), key=lambda item: (item[1], item[0] == golden))
@@ -477,6 +534,14 @@ def _generation_config(path: str) -> Any:
         return GenerationConfig.from_pretrained(path)
     except OSError:
         return GenerationConfig.from_model_config(AutoConfig.from_pretrained(path, trust_remote_code=False))
+
+
+def _dtype_of(path: str) -> str:
+    """The checkpoint's own dtype: vLLM's `auto` would compute a float32 checkpoint in 16 bits."""
+    from transformers import AutoConfig
+
+    found = getattr(AutoConfig.from_pretrained(path, trust_remote_code=False).get_text_config(), "dtype", None)
+    return "auto" if found is None else str(found).removeprefix("torch.")
 
 
 def _of_validation(said: str) -> str:

@@ -99,48 +99,54 @@ class _Watch:
 
     def __init__(self, worker: Any) -> None:
         self.worker = worker
-        self.model = worker.model_runner.get_model()
-        self.names = {id(module): name for name, module in self.model.named_modules()}
+        self.names = {id(module): name for name, module in worker.model_runner.get_model().named_modules()}
+        layers = worker.vllm_config.compilation_config.static_forward_context.items()
+        self.unseen = {name: type(layer).__name__ for name, layer in layers if hasattr(layer, "impl")}
         self.narrow: list[precision.Observation] = []
         self.attention: list[precision.Observation] = []
         self.handle = hooks.register_module_forward_hook(self.saw)
 
     def saw(self, module: Any, inputs: Any, out: Any) -> None:
-        """One module's answer."""
+        """One module's answer. Whatever cannot be looked at stays unseen: a hook must not end the forward pass."""
         name = self.names.get(id(module))
         if name is None:
             return
-        if (seen := precision.observe_narrow(name, out)) is not None:
-            self.narrow.append(seen)
-        if hasattr(module, "impl") and len(inputs) >= 3 and _plain(module):
-            q, k, v = (t.reshape(len(inputs[0]), -1, module.head_size) for t in inputs[:3])
-            cap = float(getattr(module.impl, "logits_soft_cap", 0) or 0)
-            answer = out.reshape(len(inputs[0]), -1, module.head_size)
-            found = precision.observe_attention(name, q, k, v, answer, float(module.impl.scale), cap)
-            self.attention += [found] if found else []
+        if (narrow := precision.observe_narrow(name, out)) is not None:
+            self.narrow.append(narrow)
+        if hasattr(module, "impl"):
+            try:
+                found = _attention(name, module, inputs, out)
+            except Exception:
+                return
+            if found is not None:
+                self.attention.append(found)
+                self.unseen.pop(getattr(module, "layer_name", name), None)
 
     def ended(self) -> list[precision.Observation]:
-        """What counts: the first narrow answer, the worst attention, a narrow cache, or attention that was not seen."""
+        """What counts: the first narrow answer, the worst attention, a narrow cache, and attention that was not seen."""
         self.handle.remove()
+        found = [*self.narrow[:1], *sorted(self.attention, key=lambda o: o.sum_bits)[:1]]
         cache = _narrowest(self.worker.model_runner.kv_caches)
         bits = float(precision.DTYPE_BITS.get(cache, 0))
-        kind = {"bfloat16": "bf16", "float16": "fp16"}.get(cache, "lower")
-        found = [precision.Observation(kind, bits, bits, f"the KV cache holds {cache}")] if 0 < bits < 24 else []
-        worst = min(self.attention, key=lambda o: o.sum_bits, default=None)
-        if worst is None and cache != "none":
-            why = (
-                "attention was not seen (a compiled model: enforce_eager = true shows it; or a kind that is not known)"
-            )
+        if cache != "none" and bits < 24:
+            kind = {"bfloat16": "bf16", "float16": "fp16"}.get(cache, "lower")
+            found.append(precision.Observation(kind, bits, bits, f"the KV cache holds {cache}"))
+        if self.unseen:
+            name, kind = next(iter(self.unseen.items()))
+            why = f"{name} ({kind}) was not seen: a compiled model (enforce_eager = true shows it), or a kind that is not known"
             found.append(precision.Observation("unknown", 0.0, 0.0, why))
-        return [*found, *self.narrow[:1], *([worst] if worst else [])]
+        return found
 
 
-def _plain(module: Any) -> bool:
-    """Causal attention without position biases or sinks, which `observe_attention` can hold against float64."""
-    impl = module.impl
-    return (
-        hasattr(impl, "scale") and getattr(impl, "alibi_slopes", None) is None and getattr(impl, "sinks", None) is None
-    )
+def _attention(name: str, module: Any, inputs: Any, out: Any) -> precision.Observation | None:
+    """Plain causal attention held against float64; None for position biases, sinks, other widths, or keys from elsewhere."""
+    impl, (q, k, v) = module.impl, inputs[:3]
+    biased = getattr(impl, "alibi_slopes", None) is not None or getattr(impl, "sinks", None) is not None
+    if biased or k is None or v is None or getattr(module, "head_size_v", module.head_size) != module.head_size:
+        return None
+    q, k, v, answer = (t.reshape(len(inputs[0]), -1, module.head_size) for t in (q, k, v, out))
+    cap = float(getattr(impl, "logits_soft_cap", 0) or 0)
+    return precision.observe_attention(name, q, k, v, answer, float(impl.scale), cap)
 
 
 def _narrowest(caches: Any) -> str:

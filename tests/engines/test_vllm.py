@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 from importlib.metadata import entry_points
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from torch.nn.modules import module as hooks
+from transformers import GemmaConfig, GemmaForCausalLM
 
 from pytest_repro.engines.base import Engine, Spec, opener
-from pytest_repro.engines.vllm import VllmEngine, _cause, _check_version, _score
+from pytest_repro.engines.vllm import VllmEngine, _cause, _check_version, _score, worst
+from pytest_repro.engines.vllm_worker import _Watch
 from pytest_repro.errors import ConfigError, EngineError
 from pytest_repro.generation import Request
 from pytest_repro.models import resolve
 from pytest_repro.numerics import mode
+from pytest_repro.precision import Observation
 from pytest_repro.testing import EngineContract
 
 from .tiny import build
@@ -115,6 +121,26 @@ def test_matrices_lie_in_sixteen_bits(layercast_engine: VllmEngine, tiny_model: 
     assert 0 <= held - (matrices + vocabulary * 64 * 2 + norms) <= rotary + scales
 
 
+def test_a_tied_embedding_that_its_model_leaves_out_of_quantisation(tmp_path: Path) -> None:
+    """Gemma's code makes the embedding without a quantisation, and ties a head that has one to it."""
+    build(tmp_path, heads=HEADS)  # for its tokenizer
+    torch.manual_seed(0)
+    config = GemmaConfig(
+        vocab_size=257, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=32, max_position_embeddings=512, eos_token_id=0, pad_token_id=0,
+        bos_token_id=None, initializer_range=0.3, hidden_act="gelu_pytorch_tanh",
+    )  # fmt: skip
+    GemmaForCausalLM(config).to(torch.bfloat16).save_pretrained(tmp_path)
+    asked = EngineContract()
+    with opener("transformers")(spec(tmp_path, "fp32")) as reference:
+        wanted = reference.generate(asked.requests(reference))
+    with opener("vllm")(spec(tmp_path, "layercast")) as engine:
+        assert engine.observe().fp32_class
+        for mine, theirs in zip(engine.generate(asked.requests(engine)), wanted, strict=True):
+            np.testing.assert_array_equal(mine.tokens, theirs.tokens)
+            np.testing.assert_allclose(mine.logprob, theirs.logprob, atol=1e-4)
+
+
 def test_two_ranks_are_one_model(tiny_model: Path, layercast_engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|0")  # a machine for CI may have one core to spare
     contract = EngineContract()
@@ -126,10 +152,18 @@ def test_two_ranks_are_one_model(tiny_model: Path, layercast_engine: Engine, mon
             np.testing.assert_allclose(two.logprob, one.logprob, atol=1e-5)
 
 
-def test_a_prompt_that_does_not_fit_to_be_scored(fp32_engine: Engine) -> None:
-    long = np.ones(fp32_engine.context_length, np.int32)
-    with pytest.raises(EngineError, match=r"max_model_len"):
-        fp32_engine.replay([Request("long", long, "x", long[:1])])
+def test_a_prompt_that_cannot_be_run_spoils_no_other(fp32_engine: Engine) -> None:
+    good, *_ = EngineContract().requests(fp32_engine)
+    long = Request("long", np.ones(fp32_engine.context_length, np.int32), "x", np.ones(1, np.int32))
+    foreign = Request("foreign", np.array([1, 9999], np.int32), "x", np.ones(1, np.int32))
+    watching = Request(good.id, good.tokens, good.content, np.ones(1, np.int32))
+    scores = fp32_engine.replay([long, watching, foreign])
+    assert [bool(s.error) for s in scores] == [True, False, True]
+    assert "max_model_len" in scores[0].error and "vocabulary" in scores[2].error
+    outputs = fp32_engine.generate([foreign, good])
+    assert [o.id for o in outputs] == ["foreign", good.id]
+    assert outputs[0].error and not outputs[1].error and len(outputs[1].tokens)
+    assert fp32_engine.generate([foreign])[0].error
 
 
 def test_the_process_is_left_as_it_was(tiny_model: Path) -> None:
@@ -151,6 +185,18 @@ def test_an_option_that_vllm_refuses_is_named(tiny_model: Path, options: dict[st
         pass
 
 
+def test_a_suite_cannot_have_code_imported(tiny_model: Path) -> None:
+    options = {"distributed_executor_backend": "os.path"}
+    with pytest.raises(ConfigError, match="one of mp, ray, uni"), opener("vllm")(spec(tiny_model, "fp32", **options)):
+        pass
+
+
+def test_without_vllm_the_command_that_installs_it_is_said(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "vllm", None)
+    with pytest.raises(EngineError, match=r"pytest-repro\[vllm\]"), opener("vllm")(spec(tiny_model, "fp32")):
+        pass
+
+
 def test_versions() -> None:
     said: list[str] = []
     _check_version("0.32.4+cpu", said.append)
@@ -161,6 +207,22 @@ def test_versions() -> None:
         with pytest.raises(EngineError, match="not supported") as found:
             _check_version(old, said.append)
         assert "pip install 'vllm>=0.32" in str(found.value)
+
+
+def seen(kind: str, bits: float = 0.0) -> Observation:
+    return Observation(kind, bits, bits, kind)
+
+
+@pytest.mark.parametrize(
+    ("found", "counts"),
+    [
+        (["fp32", "tf32", "unknown"], "tf32"), (["unknown", "bf16", "tf32"], "bf16"), (["fp32", "unknown"], "unknown"),
+        (["fp32", "fp32"], "fp32"),
+    ],
+)  # fmt: skip
+def test_lost_precision_counts_before_what_was_not_seen(found: list[str], counts: str) -> None:
+    bits = {"fp32": 24.0, "tf32": 11.0, "bf16": 8.0, "unknown": 0.0}
+    assert worst([seen(kind, bits[kind]) for kind in found]).compute_class == counts
 
 
 def test_the_first_exception_of_a_log_is_the_cause(tmp_path: Path) -> None:
@@ -222,6 +284,8 @@ def test_numbers_that_are_not_sixteen_bit_are_refused(layercast: Any) -> None:
     with pytest.raises(EngineError, match=r"round model\.layers\.0\.mlp"):
         load(None, torch.randn(4, 4))
     assert len(taken) == 2
+    with pytest.raises(EngineError, match="range"):
+        layercast.Storage(torch.float16, rounds=True).checked("x", taken.append)(None, torch.full((2, 2), 1e6))
     layercast.Storage(torch.bfloat16, rounds=True).checked("x", lambda _, loaded: taken.append(loaded))(
         None, torch.randn(4, 4)
     )
@@ -247,3 +311,104 @@ def test_the_product_can_be_compiled(layercast: Any) -> None:
     torch.library.opcheck(torch.ops.pytest_repro.layercast_linear, (x, weight, bias))
     compiled = torch.compile(layercast.linear, backend="eager", fullgraph=True)
     assert torch.equal(compiled(x, weight, bias), layercast.linear(x, weight, bias))
+
+
+# --- what looks on in the workers, at modules of the tests ------------------------------------------------------------
+
+
+class Plain:
+    """An implementation of attention, as far as it is looked at."""
+
+    scale = 0.2
+    logits_soft_cap = 0.0
+
+
+class Heads(torch.nn.Module):
+    """Attention with vLLM's signature, that rounds where it is told to."""
+
+    head_size = 8
+
+    def __init__(self, rounds: torch.dtype = torch.float32, **about: Any) -> None:
+        super().__init__()
+        self.rounds = rounds
+        self.impl = type("Impl", (Plain,), about)()
+        self.layer_name = "layers.0.attn"
+
+    def forward(self, q: torch.Tensor, k: torch.Tensor | None, v: torch.Tensor | None) -> torch.Tensor:
+        k, v = (q if t is None else t for t in (k, v))
+        a, b, c = (t.to(self.rounds).float().view(len(q), -1, 8).transpose(0, 1) for t in (q, k, v))
+        b, c = (t.repeat_interleave(len(a) // len(t), 0) for t in (b, c))
+        hidden = torch.ones(len(q), len(q), dtype=torch.bool).triu(1)
+        weights = (a @ b.transpose(1, 2) * 0.2).masked_fill(hidden, -torch.inf).softmax(-1)
+        return (weights @ c).transpose(0, 1).reshape(len(q), -1)
+
+
+class FakeWorker:
+    """A worker of vLLM's with one attention layer."""
+
+    def __init__(self, attention: Heads, *caches: torch.Tensor, after: torch.nn.Module | None = None) -> None:
+        layers = torch.nn.ModuleList([torch.nn.ModuleDict({"attn": attention, "after": after or torch.nn.Identity()})])
+        self.model = torch.nn.ModuleDict({"layers": layers})
+        self.model_runner = SimpleNamespace(get_model=lambda: self.model, kv_caches=list(caches))
+        forward = SimpleNamespace(static_forward_context={"layers.0.attn": attention})
+        self.vllm_config = SimpleNamespace(compilation_config=forward)
+
+    def observed(self, *given: torch.Tensor | None) -> list[Observation]:
+        watch = _Watch(self)
+        layer = self.model["layers"][0]
+        layer["after"](layer["attn"](*given))
+        return watch.ended()
+
+
+FP32_CACHE = torch.zeros(1)
+
+
+def operands() -> list[torch.Tensor]:
+    torch.manual_seed(0)
+    return [torch.randn(6, 16), torch.randn(6, 8), torch.randn(6, 8)]
+
+
+def test_attention_in_fp32_is_seen() -> None:
+    (found,) = FakeWorker(Heads(), FP32_CACHE).observed(*operands())
+    assert found.fp32_class and found.detail.startswith("layers.0.attn")
+
+
+class Narrowing(torch.nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.bfloat16()
+
+
+@pytest.mark.parametrize(
+    ("worker", "kind", "said"),
+    [
+        # Attention's error is relative to a bound: it tells that FP32 was lost, not exactly to what.
+        (lambda: FakeWorker(Heads(torch.bfloat16), FP32_CACHE), "tf32", "layers.0.attn"),
+        (lambda: FakeWorker(Heads(torch.float16), FP32_CACHE), "tf32", "layers.0.attn"),
+        (lambda: FakeWorker(Heads(), FP32_CACHE, after=Narrowing()), "bf16", "layers.0.after answers in bfloat16"),
+        (lambda: FakeWorker(Heads(), torch.zeros(1, dtype=torch.bfloat16)), "bf16", "KV cache holds bfloat16"),
+        (lambda: FakeWorker(Heads(), torch.zeros(1, dtype=torch.uint8)), "lower", "KV cache holds uint8"),
+        (lambda: FakeWorker(Heads(sinks=torch.ones(2)), FP32_CACHE), "unknown", "layers.0.attn (Heads) was not seen"),
+        (lambda: FakeWorker(Heads(alibi_slopes=[1.0]), FP32_CACHE), "unknown", "was not seen"),
+    ],
+    ids=["bf16", "fp16", "module", "cache", "fp8-cache", "sinks", "alibi"],
+)
+def test_what_is_no_fp32_is_seen_or_said_to_be_unseen(worker: Any, kind: str, said: str) -> None:
+    found = worst(worker().observed(*operands()))
+    assert found.compute_class == kind, found
+    assert said in found.detail
+
+
+def test_attention_that_cannot_be_looked_at_does_not_end_the_forward_pass() -> None:
+    q, *_ = operands()
+    (shared,) = FakeWorker(Heads(), FP32_CACHE).observed(q, None, None)  # keys and values of another layer
+    assert shared.compute_class == "unknown"
+    odd = Heads()
+    odd.head_size = 7  # as for attention whose inputs are latent vectors
+    (latent,) = FakeWorker(odd, FP32_CACHE).observed(*operands())
+    assert latent.compute_class == "unknown"
+
+
+def test_nothing_looks_on_afterwards() -> None:
+    before = len(hooks._global_forward_hooks)
+    FakeWorker(Heads(), FP32_CACHE).observed(*operands())
+    assert len(hooks._global_forward_hooks) == before

@@ -110,15 +110,22 @@ class Storage:
         """A weight loader that refuses what would be rounded in silence."""
 
         def load(parameter: torch.nn.Parameter, loaded: torch.Tensor, *rest: Any, **named: Any) -> Any:
-            if not self.rounds and loaded.dtype != self.dtype and not torch.equal(self.kept(loaded), loaded.float()):
-                kind = str(loaded.dtype).removeprefix("torch.")
-                raise EngineError(
-                    f"layercast would round {name}: its {kind} numbers are not {str(self.dtype).removeprefix('torch.')} numbers",
-                    fix='--repro-numerics fp32; or allow it: [engine] round_weights = "bfloat16"',
-                )
+            if loaded.dtype != self.dtype:
+                self.refuse(name, loaded)
             return loader(parameter, loaded, *rest, **named)
 
         return load
+
+    def refuse(self, name: str, loaded: torch.Tensor) -> None:
+        """Raise EngineError if storing these numbers would change them more than was allowed."""
+        dtypes = [str(dtype).removeprefix("torch.") for dtype in (loaded.dtype, self.dtype)]
+        if not self.rounds and not torch.equal(self.kept(loaded), loaded.float()):
+            raise EngineError(
+                f"layercast would round {name}: its {dtypes[0]} numbers are not {dtypes[1]} numbers",
+                fix='--repro-numerics fp32; or allow it: [engine] round_weights = "bfloat16"',
+            )
+        if loaded.isfinite().all() and not self.kept(loaded).isfinite().all():
+            raise EngineError(f"{name} has numbers beyond {dtypes[1]}'s range", fix='round_weights = "bfloat16"')
 
     def kept(self, loaded: torch.Tensor) -> torch.Tensor:
         """The numbers as they would be stored."""
@@ -196,6 +203,23 @@ class LayerCastEmbeddingMethod(QuantizeMethodBase):  # type: ignore[misc]
             weight_loader=loader,
             **extra_weight_attrs,
         )
+
+    def tie_weights(self, layer: Any, embed_tokens: Any) -> Any:
+        """Share the embedding's matrix; models that leave the embedding out of quantisation have made it in FP32."""
+        if embed_tokens.weight.dtype == torch.float32:
+            self.create_weights(
+                embed_tokens,
+                embed_tokens.input_size_per_partition,
+                embed_tokens.output_partition_sizes,
+                embed_tokens.input_size,
+                embed_tokens.output_size,
+                torch.float32,
+                weight_loader=embed_tokens.weight_loader,
+            )
+            embed_tokens.quant_method = self
+            embed_tokens.use_fused_embedding = False  # its kernel would answer in 16 bits
+        layer.weight = embed_tokens.weight
+        return layer
 
     def embedding(self, layer: Any, input_: torch.Tensor) -> torch.Tensor:
         """Rows of the matrix, upcast after they were taken: exact."""
