@@ -188,11 +188,19 @@ class VllmEngine:
         self.config = self.llm.llm_engine.vllm_config
         # One less than vLLM's: after whatever is scored, one token is always generated.
         self.context_length: int | None = int(self.config.model_config.max_model_len) - 1
+        self._recommend()
         try:
             self._call("repro_enter", spec.mode.name)
         except BaseException:
             self.close()
             raise
+
+    def _recommend(self) -> None:
+        """Name vLLM's own remedy where the hardware has it: compute capability 8.0 and later, as vLLM documents."""
+        if self.spec.mode.compute_class == "fp32" or os.environ.get("VLLM_BATCH_INVARIANT", "0") == "1":
+            return
+        if _platform().is_cuda() and _platform().has_device_capability(80):
+            self.spec.say("VLLM_BATCH_INVARIANT=1 would make these outputs independent of the batch (beta in vLLM)")
 
     def _prepare(self) -> None:
         """Compile LayerCast's product once, in sight, rather than in every worker."""

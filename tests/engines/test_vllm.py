@@ -197,6 +197,25 @@ def test_without_vllm_the_command_that_installs_it_is_said(tiny_model: Path, mon
         pass
 
 
+@pytest.mark.parametrize(
+    ("numerics", "capability", "switch", "said"),
+    [("bf16", 90, None, True), ("bf16", 75, None, False), ("bf16", 90, "1", False), ("fp32", 90, None, False)],
+)
+def test_batch_invariance_is_recommended_where_it_helps(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, numerics: str, capability: int, switch: str | None, said: bool
+) -> None:
+    gpu = SimpleNamespace(is_cuda=lambda: True, has_device_capability=lambda least: capability >= least)
+    monkeypatch.setattr("pytest_repro.engines.vllm._platform", lambda: gpu)
+    monkeypatch.delenv("VLLM_BATCH_INVARIANT", raising=False)
+    if switch:
+        monkeypatch.setenv("VLLM_BATCH_INVARIANT", switch)
+    lines: list[str] = []
+    engine = object.__new__(VllmEngine)
+    engine.spec = Spec(mode(numerics), 8, tmp_path, say=lines.append)
+    engine._recommend()
+    assert any("VLLM_BATCH_INVARIANT=1" in line for line in lines) is said
+
+
 def test_versions() -> None:
     said: list[str] = []
     _check_version("0.32.4+cpu", said.append)
