@@ -132,9 +132,11 @@ class Storage:
         return loaded.to(self.dtype).float()
 
 
-@register_weight_loader_v2_supported_method
-class LayerCastLinearMethod(LinearMethodBase):  # type: ignore[misc]
-    """A linear layer's matrix in 16 bits; its product in FP32."""
+class SixteenBit:
+    """A layer's matrix in 16 bits; its product in FP32."""
+
+    like: Any
+    """vLLM's own method for a model without quantisation, whose matrix this one's is like but for the dtype."""
 
     def __init__(self, storage: Storage) -> None:
         self.storage = storage
@@ -149,13 +151,11 @@ class LayerCastLinearMethod(LinearMethodBase):  # type: ignore[misc]
         params_dtype: torch.dtype,
         **extra_weight_attrs: Any,
     ) -> None:
-        """As vLLM's own method does for a model without quantisation, in 16 bits."""
+        """As `like` does, in 16 bits."""
         del params_dtype
-        loader = self.storage.checked(
-            getattr(layer, "prefix", "a linear layer"), extra_weight_attrs.pop("weight_loader")
-        )
-        method: Any = UnquantizedLinearMethod
-        method.create_weights(
+        name = getattr(layer, "prefix", type(layer).__name__)
+        loader = self.storage.checked(name, extra_weight_attrs.pop("weight_loader"))
+        self.like.create_weights(
             self,
             layer,
             input_size_per_partition,
@@ -172,37 +172,17 @@ class LayerCastLinearMethod(LinearMethodBase):  # type: ignore[misc]
         return linear(x, layer.weight, bias)
 
 
-class LayerCastEmbeddingMethod(QuantizeMethodBase):  # type: ignore[misc]
-    """An embedding's or an output head's matrix in 16 bits."""
+@register_weight_loader_v2_supported_method
+class LayerCastLinearMethod(SixteenBit, LinearMethodBase):  # type: ignore[misc]
+    """Of a linear layer."""
 
-    def __init__(self, storage: Storage) -> None:
-        self.storage = storage
+    like = UnquantizedLinearMethod
 
-    def create_weights(
-        self,
-        layer: torch.nn.Module,
-        input_size_per_partition: int,
-        output_partition_sizes: list[int],
-        input_size: int,
-        output_size: int,
-        params_dtype: torch.dtype,
-        **extra_weight_attrs: Any,
-    ) -> None:
-        """As vLLM's own method does for a model without quantisation, in 16 bits."""
-        del params_dtype
-        loader = self.storage.checked(getattr(layer, "prefix", "an embedding"), extra_weight_attrs.pop("weight_loader"))
-        method: Any = UnquantizedEmbeddingMethod
-        method.create_weights(
-            self,
-            layer,
-            input_size_per_partition,
-            output_partition_sizes,
-            input_size,
-            output_size,
-            self.storage.dtype,
-            weight_loader=loader,
-            **extra_weight_attrs,
-        )
+
+class LayerCastEmbeddingMethod(SixteenBit, QuantizeMethodBase):  # type: ignore[misc]
+    """Of an embedding, or an output head."""
+
+    like = UnquantizedEmbeddingMethod
 
     def tie_weights(self, layer: Any, embed_tokens: Any) -> Any:
         """Share the embedding's matrix; models that leave the embedding out of quantisation have made it in FP32."""
@@ -224,10 +204,6 @@ class LayerCastEmbeddingMethod(QuantizeMethodBase):  # type: ignore[misc]
     def embedding(self, layer: Any, input_: torch.Tensor) -> torch.Tensor:
         """Rows of the matrix, upcast after they were taken: exact."""
         return F.embedding(input_, layer.weight).float()
-
-    def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-        """The LayerCast product."""
-        return linear(x, layer.weight, bias)
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
