@@ -207,6 +207,7 @@ def validated(path: Path, session: Session) -> Suite:
             numerics.mode(mode)
     with _located("--repro-engine" if option.repro_engine else f"{typed(path)} [suite.engine]"), suppress(EngineError):
         opener(suite.engine, allow_code=session.trusts_engine())  # an engine that is not installed: every item says so
+    check_options(suite.engine, suite.user_options, "--repro-engine-option")
     check_options(suite.engine, suite.engine_options, str(path))
     accuracy.scorer(
         suite.scorer, pattern=suite.pattern, allow_code=session.allow_code(), where=f"{typed(path)} [suite.scorer]"

@@ -160,6 +160,14 @@ BAD_OPTIONS: dict[str, tuple[list[str], list[str]]] = {
     "unknown-mode": (["--repro-check", "golden", "--repro-numerics", "bf61"], ["unknown numerics mode 'bf61'"]),
     "no-batch": (["--repro-check", "golden", "--repro-batch-size", "0"], ["batch_size must be at least 1, not 0"]),
     "unknown-engine": (["--repro-check", "golden", "--repro-engine", "scriptd"], ["unknown engine 'scriptd'"]),
+    "unknown-engine-option": (
+        ["--repro-check", "golden", "--repro-engine-option", "jiter=1"],
+        ["--repro-engine-option [engine.jiter]", "unknown key 'jiter'"],
+    ),
+    "engine-option-without-value": (
+        ["--repro-check", "golden", "--repro-engine-option", "jitter"],
+        ["--repro-engine-option", "'jitter' is not NAME=VALUE"],
+    ),
     "unknown-module": (
         ["--repro-check", "golden", "--repro-engine", "nowhere:answer"],
         ["'nowhere:answer' cannot be imported", "nowhere"],
