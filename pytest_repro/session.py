@@ -20,7 +20,7 @@ from typing import Any
 from filelock import FileLock
 
 from . import accuracy, gate, numerics, probe
-from .engines.base import check_options, opener
+from .engines.base import check_options, check_tables, opener
 from .errors import ConfigError, EngineError
 from .gate import Options
 from .generation import digest
@@ -208,7 +208,7 @@ def validated(path: Path, session: Session) -> Suite:
     with _located("--repro-engine" if option.repro_engine else f"{typed(path)} [suite.engine]"), suppress(EngineError):
         opener(suite.engine, allow_code=session.trusts_engine())  # an engine that is not installed: every item says so
     check_options(suite.engine, suite.user_options, "--repro-engine-option")
-    check_options(suite.engine, suite.engine_options, str(path))
+    check_tables(suite.engine_tables, str(path))
     accuracy.scorer(
         suite.scorer, pattern=suite.pattern, allow_code=session.allow_code(), where=f"{typed(path)} [suite.scorer]"
     )

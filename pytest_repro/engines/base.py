@@ -144,6 +144,21 @@ def check_options(name: str, options: Mapping[str, Any], where: str) -> None:
             )
 
 
+def check_tables(tables: Mapping[str, Mapping[str, Any]], where: str) -> None:
+    """Refuse a table of an engine that there is not, and options that an engine does not understand.
+
+    Raises:
+        ConfigError: with the engine or the key.
+    """
+    for name, options in tables.items():
+        if name not in REGISTRY and ":" not in name:
+            raise ConfigError(
+                f"options for an unknown engine {name!r}; known: {', '.join(REGISTRY)}",
+                where=f"{where} [engine.{name}]",
+            )
+        check_options(name, options, where)
+
+
 def opener(name: str, *, allow_code: bool = False) -> Opener:
     """The function that opens an engine, as a context manager that closes it.
 

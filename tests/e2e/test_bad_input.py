@@ -70,6 +70,14 @@ BAD_SUITES: dict[str, tuple[Callable[[Project], object], list[str]]] = {
         lambda p: p.suite(suite={"engine": "scriptd"}, engine=None),
         [SUITE, "unknown engine 'scriptd'; known: transformers, vllm, openai, scripted, module:function"],
     ),
+    "unknown-engine-table": (
+        lambda p: p.suite(engine={"script": "script.jsonl", "vlm": {"max_num_seqs": 1}}),
+        [SUITE, "[engine.vlm]", "options for an unknown engine 'vlm'"],
+    ),
+    "unknown-option-of-another-engine": (
+        lambda p: p.suite(engine={"script": "script.jsonl", "vllm": {"max_num_seq": 1}}),
+        [SUITE, "[engine.max_num_seq]", "unknown key 'max_num_seq' for the engine vllm"],
+    ),
     "unknown-engine-option": (
         lambda p: p.suite(engine={"script": "script.jsonl", "jiter": 1}),
         [SUITE, "[engine.jiter]", "unknown key 'jiter'"],
