@@ -40,12 +40,13 @@ class Observer:
         )
 
     def repro_layers(self) -> str:
-        """The worst of the linear layers under crafted operands: one or two of every kind that the model has."""
+        """The worst of the linear layers under crafted operands (one or two of every kind), and one that took none."""
         worker: Any = self
         with torch.inference_mode():
             seen = [_layer(worker, name, layer) for name, layer in _kinds(worker.model_runner.get_model())]
-        worst = min(seen, key=lambda o: (o.product_bits, o.sum_bits), default=None)
-        return json.dumps([asdict(worst)] if worst else [])
+        unseen = [o for o in seen if o.compute_class == "unknown"]
+        known = sorted((o for o in seen if o not in unseen), key=lambda o: (o.product_bits, o.sum_bits))
+        return json.dumps([asdict(o) for o in (*known[:1], *unseen[:1])])
 
     def repro_watch(self) -> str:
         """Look at every module's answer from now on."""
@@ -88,10 +89,11 @@ def _layer(worker: Any, name: str, layer: Any) -> precision.Observation:
     def apply(x: Any) -> Any:
         return layer.quant_method.apply(layer, x, None)
 
-    return precision.observe_layer(
-        name, apply, layer.input_size_per_partition, layer.output_size_per_partition,
-        worker.vllm_config.model_config.dtype, worker.device,
-    )  # fmt: skip
+    width, count = layer.input_size_per_partition, layer.output_size_per_partition
+    try:
+        return precision.observe_layer(name, apply, width, count, worker.vllm_config.model_config.dtype, worker.device)
+    except Exception as exc:  # a method of quantisation with a calling convention of its own: unseen, and not the end
+        return precision.Observation("unknown", 0.0, 0.0, f"{name} ({type(layer).__name__}) took no operands: {exc}")
 
 
 class _Watch:

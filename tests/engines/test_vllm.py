@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from collections.abc import Iterator
@@ -18,7 +19,7 @@ from transformers import GemmaConfig, GemmaForCausalLM
 
 from pytest_repro.engines.base import Engine, Spec, opener
 from pytest_repro.engines.vllm import VllmEngine, _cause, _check_version, _score, worst
-from pytest_repro.engines.vllm_worker import _Watch
+from pytest_repro.engines.vllm_worker import Observer, _Watch
 from pytest_repro.errors import ConfigError, EngineError
 from pytest_repro.generation import Request
 from pytest_repro.models import resolve
@@ -431,3 +432,37 @@ def test_nothing_looks_on_afterwards() -> None:
     before = len(hooks._global_forward_hooks)
     FakeWorker(Heads(), FP32_CACHE).observed(*operands())
     assert len(hooks._global_forward_hooks) == before
+
+
+class Layer(torch.nn.Module):
+    """A linear layer of vLLM's, as far as it is looked at."""
+
+    input_size_per_partition, output_size_per_partition = 16, 8
+
+    def __init__(self, apply: Any) -> None:
+        super().__init__()
+        self.quant_method = SimpleNamespace(apply=apply)
+
+
+def times(dtype: torch.dtype) -> Any:
+    torch.manual_seed(0)
+    weight = torch.randn(8, 16).bfloat16().float()
+    return lambda _, x, bias: x.to(dtype).float() @ weight.T
+
+
+def refuses(*_: Any) -> Any:
+    raise TypeError("three operands")
+
+
+@pytest.mark.parametrize(
+    ("applies", "kinds"),
+    [([times(torch.float32)], ["fp32"]), ([times(torch.float32), times(torch.bfloat16)], ["bf16"]),
+     ([times(torch.float32), refuses], ["fp32", "unknown"]), ([refuses], ["unknown"]), ([], [])],
+)  # fmt: skip
+def test_layers_of_a_worker(applies: list[Any], kinds: list[str]) -> None:
+    layers = torch.nn.ModuleList([Layer(apply) for apply in applies])
+    worker = Observer()
+    worker.model_runner = SimpleNamespace(get_model=lambda: layers)
+    worker.vllm_config = SimpleNamespace(model_config=SimpleNamespace(dtype=torch.float32))
+    worker.device = "cpu"
+    assert [row["compute_class"] for row in json.loads(worker.repro_layers())] == kinds
