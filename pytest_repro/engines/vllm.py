@@ -120,11 +120,11 @@ def _started(spec: Spec, log: Path) -> VllmEngine:
     except (ConfigError, EngineError):
         raise
     except Exception as exc:
-        kept = _kept(log)
+        cause, mend = _cause(log)
         raise EngineError(
-            f"vLLM {version} could not start: {_cause(kept) or f'{type(exc).__name__}: {exc}'}",
+            f"vLLM {version} could not start: {cause or f'{type(exc).__name__}: {exc}'}",
             where="engine vllm",
-            fix=f"its log: {kept}" if kept else "",
+            fix=mend or _kept(log),
         ) from exc
 
 
@@ -143,25 +143,28 @@ def _check_version(version: str, say: Callable[[str], None]) -> None:
         say(f"vLLM {version} is newer than {TESTED}, the version that was tested: pip install 'vllm=={TESTED}.*'")
 
 
-def _kept(log: Path) -> Path | None:
-    """The log, out of the folder that is about to go."""
+def _kept(log: Path) -> str:
+    """Where the log lies now, out of the folder that is about to go; empty if there is none."""
     if not log.exists():
-        return None
+        return ""
     descriptor, name = tempfile.mkstemp(prefix="pytest-repro-vllm-", suffix=".log")
     os.write(descriptor, log.read_bytes())
     os.close(descriptor)
-    return Path(name)
+    return f"its log: {name}"
 
 
-def _cause(log: Path | None) -> str:
-    """The first exception that a process of vLLM wrote down: those after it follow from it."""
-    if log is None:
-        return ""
-    lines = log.read_text("utf-8", "replace").splitlines()
-    raised = [
-        found[1] for line in lines if (found := re.match(r"(?:ERROR )?((?:\w+\.)*\w*(?:Error|Exception): .+)", line))
-    ]
-    return raised[0] if raised else ""
+def _cause(log: Path) -> tuple[str, str]:
+    """The first exception that a process of vLLM wrote down, since those after it follow from it; and what mends it.
+
+    The second is said where it is an error of this package's own, raised in a worker.
+    """
+    lines = log.read_text("utf-8", "replace").splitlines() if log.exists() else []
+    for place, line in enumerate(lines):
+        if found := re.match(r"(?:ERROR )?((?:\w+\.)*\w*(?:Error|Exception): .+)", line):
+            after = lines[place + 1] if place + 1 < len(lines) else ""
+            mend = after.partition("mend: ")[2] if after.startswith("  mend: ") else ""
+            return re.sub(r"^pytest_repro\.errors\.\w+: ", "", found[1]), mend
+    return "", ""
 
 
 class VllmEngine:
@@ -275,10 +278,10 @@ class VllmEngine:
         except (ConfigError, EngineError):
             raise
         except Exception as exc:
-            cause = _cause(self.log) if self.log.exists() else ""
+            cause, mend = _cause(self.log)
             raise EngineError(
                 f"vLLM, {doing}: {cause or f'{type(exc).__name__}: {_first_line(exc)}'}",
-                fix=f"its log: {_kept(self.log)}" if cause else "",
+                fix=mend or (_kept(self.log) if cause else ""),
             ) from exc
 
     def observe(self) -> Observation:

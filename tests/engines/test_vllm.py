@@ -251,9 +251,11 @@ def test_the_first_exception_of_a_log_is_the_cause(tmp_path: Path) -> None:
         "INFO starts\nERROR Traceback (most recent call last):\n  File x\ntorch.OutOfMemoryError: 3 GiB\n"
         "RuntimeError: Engine core initialization failed.\n"
     )
-    assert _cause(log) == "torch.OutOfMemoryError: 3 GiB"
+    assert _cause(log) == ("torch.OutOfMemoryError: 3 GiB", "")
+    log.write_text("ERROR x\npytest_repro.errors.EngineError: layercast would round lm_head\n  mend: round_weights\n")
+    assert _cause(log) == ("layercast would round lm_head", "round_weights")
     log.write_text("INFO nothing\n")
-    assert _cause(log) == "" and _cause(None) == ""
+    assert _cause(log) == ("", "") and _cause(tmp_path / "none") == ("", "")
 
 
 class Flat:
