@@ -291,9 +291,11 @@ class VllmEngine:
         try:
             with self._explained("watching a prompt"):
                 self._run([self._prompt(list(range(8)), 1)], no_tick)
-        finally:
+        except EngineError:
             with suppress(EngineError):  # of a vLLM that is gone, what ended it is what counts
-                watched = self._call("repro_watched")
+                self._call("repro_watched")
+            raise
+        watched = self._call("repro_watched")
         found = [Observation(**row) for rank in (*seen, *watched) for row in rank]
         if not found:
             return Observation("unknown", 0.0, 0.0, "vLLM showed no layer that can be probed")
