@@ -35,6 +35,7 @@ LAYERS = [
 LAYERCAST = {
     f"numerics.layercast.{name}" for name in ("product", "native", "gpu", "weight", "model", "quantizer", "vllm")
 }
+CLI = {"cli.shell", "cli.goldens", "cli.shards", "cli.machine"}
 HEAVY = {
     "pytest": {"plugin", "testing"},
     "torch": {
@@ -59,8 +60,8 @@ HEAVY = {
     "triton": {"numerics.layercast.gpu"},
     "huggingface_hub": {"models"},
     "httpx": {"engines.openai_client"},
-    "typer": {"cli"},
-    "rich": {"cli"},
+    "typer": CLI,
+    "rich": CLI,
     "git": {"probe"},
     "pynvml": {"probe"},
 }

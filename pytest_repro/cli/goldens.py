@@ -1,70 +1,29 @@
-"""The `pytest-repro` shell: review, accept, reject, merge, pending, diff, show, env. Needs neither torch nor an engine.
-
-Exit codes: 0 done; 1 something is pending (`pending`), differs (`diff`) or fails (`merge --report`); 2 bad usage or input.
-"""
+"""Goldens and what waits to become one: `pending`, `diff`, `show`, `accept`, `reject`, `review`."""
 
 from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable
-from functools import wraps
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from . import __version__, merging, probe, review, store
-from .errors import ConfigError, ReproError
-from .golden import Golden
-from .report import document, terminal
-from .result import SuiteResult
-from .store import Place
-from .text import inert
+from .. import probe, review, store
+from ..errors import ConfigError
+from ..golden import Golden
+from ..store import Place
+from ..text import inert
+from .shell import AsJson, Where, app, console, reported
 
-app = typer.Typer(
-    help="Review golden generations recorded by pytest --repro-update.", no_args_is_help=True, add_completion=False,
-    pretty_exceptions_enable=False,
-)  # fmt: skip
-console = Console(highlight=False, soft_wrap=True)
-errors = Console(stderr=True, highlight=False, soft_wrap=True)
-
-Where = Annotated[Path, typer.Argument(help="A suite's folder, or a folder of suites.", show_default=True)]
-AsJson = Annotated[bool, typer.Option("--as-json", help="Print JSON for scripts.")]
 Reason = Annotated[str, typer.Option("--reason", "-r", help="Why the new golden is right; kept in it.")]
 All = Annotated[bool, typer.Option("--all", help="Every pending golden below PATH.")]
 
 
-def _reported(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Errors of this package as a message and exit code 2, never a traceback."""
-
-    @wraps(command)
-    def run(*args: Any, **kwargs: Any) -> Any:
-        try:
-            return command(*args, **kwargs)
-        except ReproError as exc:
-            errors.print(
-                Text(f"error: {inert(exc.what) if not exc.where else f'{exc.where}: {inert(exc.what)}'}", style="red")
-            )
-            if exc.fix:
-                errors.print(Text(f"mend:  {exc.fix}"))
-            raise typer.Exit(2) from None
-
-    return run
-
-
-@app.callback(invoke_without_command=True)
-def _version(version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False) -> None:
-    if version:
-        console.print(f"pytest-repro {__version__}")
-        raise typer.Exit
-
-
 @app.command()
-@_reported
+@reported
 def pending(path: Where = Path("golden"), as_json: AsJson = False) -> None:
     """List goldens that wait for review; exit 1 if there are any."""
     found = store.pending(path)
@@ -91,7 +50,7 @@ def _line(summary: dict[str, Any]) -> str:
 
 
 @app.command()
-@_reported
+@reported
 def diff(path: Where = Path("golden"), as_json: AsJson = False) -> None:
     """Show what every pending golden would change; exit 1 if there is any."""
     found = store.pending(path)
@@ -125,7 +84,7 @@ def _show_change(place: Place) -> None:
 
 
 @app.command()
-@_reported
+@reported
 def show(
     path: Where = Path("golden"), prompt: Annotated[str, typer.Option("--prompt", help="Only this prompt.")] = ""
 ) -> None:
@@ -156,7 +115,7 @@ def _show_golden(place: Place, golden: Golden, only: str) -> None:
 
 
 @app.command()
-@_reported
+@reported
 def accept(
     path: Where = Path("golden"),
     reason: Reason = "",
@@ -175,7 +134,7 @@ def accept(
 
 
 @app.command()
-@_reported
+@reported
 def reject(path: Where = Path("golden"), every: All = False) -> None:
     """Remove pending goldens; the accepted ones stay as they are."""
     for place in _chosen(path, every, "reject"):
@@ -204,45 +163,8 @@ def _refuse_parts(found: list[Place]) -> None:
             raise store.a_part(place)
 
 
-@app.command()
-@_reported
-def merge(
-    paths: Annotated[list[Path], typer.Argument(help="Folders of suites; with --report, reports of shards.")],
-    report: Annotated[Path | None, typer.Option("--report", help="Merge reports into this file.")] = None,
-    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Everything, as pytest -v shows it.")] = False,
-) -> None:
-    """Put shards together: pending parts of goldens into candidates to review, or (--report) reports of a check.
-
-    A merged report is judged as a whole: accuracy, length, and thresholds over all prompts; exit 1 if it fails.
-    """
-    if report is None:
-        for place, parts in [merged for path in paths for merged in store.merge(path)]:
-            console.print(Text(f"merged {place.text} from {parts} parts", style="green"))
-            console.print(Text(f"next  pytest-repro review {place.folder}", style="bold"))
-        return
-    if report.resolve() in {path.resolve() for path in paths} or report.is_dir():
-        raise ConfigError("this is a folder, or one of the reports to merge", where=report, fix="name another file")
-    suites = _merged(paths)
-    document.write(report, document.of_session(suites, []))
-    for suite in sorted(suites, key=lambda s: s["verdict"] == "fail"):
-        console.rule(Text(terminal.title(suite)), characters="=")
-        for line, style in terminal.lines(suite, verbose=verbose):
-            console.print(Text(line, style=style))
-    console.print(Text(f"repro: report written to {report}"))
-    raise typer.Exit(1 if any(suite["verdict"] == "fail" for suite in suites) else 0)
-
-
-def _merged(reports: list[Path]) -> list[dict[str, Any]]:
-    """Every suite and mode of some reports, its shards merged."""
-    shards: dict[tuple[str, str], list[tuple[str, SuiteResult]]] = {}
-    for path in reports:
-        for result in document.read(path):
-            shards.setdefault((result.path, result.numerics), []).append((str(path), result))
-    return [document.of_suite(merging.result_of(found)) for found in shards.values()]
-
-
 @app.command(name="review")
-@_reported
+@reported
 def review_command(path: Where = Path("golden")) -> None:
     """Walk through pending goldens: a accept, r reject, s skip, A/R/S the same for all that are left."""
     found = store.pending(path)
@@ -273,26 +195,3 @@ def _ask() -> str:
         answer = str(typer.prompt("a accept, r reject, s skip, A/R/S all that are left")).strip()
         if answer in ("a", "r", "s", "A", "R", "S"):
             return answer
-
-
-@app.command()
-@_reported
-def env(as_json: AsJson = False) -> None:
-    """This machine's fingerprint, as far as it is known without a model."""
-    facts = review.environment()
-    if as_json:
-        print(json.dumps(facts, indent=1))
-        return
-    table = Table("field", "class", "value", box=None)
-    for name, cls, value in review.classified(facts):
-        table.add_row(Text(name), cls, Text(inert(str(value))))
-    console.print(table)
-
-
-def main() -> None:
-    """Entry point of the console script."""
-    app()
-
-
-if __name__ == "__main__":
-    main()

@@ -1,0 +1,26 @@
+"""`pytest-repro env`."""
+
+from __future__ import annotations
+
+import json
+
+from rich.table import Table
+from rich.text import Text
+
+from .. import review
+from ..text import inert
+from .shell import AsJson, app, console, reported
+
+
+@app.command()
+@reported
+def env(as_json: AsJson = False) -> None:
+    """This machine's fingerprint, as far as it is known without a model."""
+    facts = review.environment()
+    if as_json:
+        print(json.dumps(facts, indent=1))
+        return
+    table = Table("field", "class", "value", box=None)
+    for name, cls, value in review.classified(facts):
+        table.add_row(Text(name), cls, Text(inert(str(value))))
+    console.print(table)

@@ -1,0 +1,51 @@
+"""What the commands share: the app, its consoles, how an error is told, arguments that several take."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import wraps
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.text import Text
+
+from .. import __version__
+from ..errors import ReproError
+from ..text import inert
+
+app = typer.Typer(
+    help="Review golden generations recorded by pytest --repro-update.", no_args_is_help=True, add_completion=False,
+    pretty_exceptions_enable=False,
+)  # fmt: skip
+console = Console(highlight=False, soft_wrap=True)
+errors = Console(stderr=True, highlight=False, soft_wrap=True)
+
+Where = Annotated[Path, typer.Argument(help="A suite's folder, or a folder of suites.", show_default=True)]
+AsJson = Annotated[bool, typer.Option("--as-json", help="Print JSON for scripts.")]
+
+
+def reported(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Errors of this package as a message and exit code 2, never a traceback."""
+
+    @wraps(command)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return command(*args, **kwargs)
+        except ReproError as exc:
+            errors.print(
+                Text(f"error: {inert(exc.what) if not exc.where else f'{exc.where}: {inert(exc.what)}'}", style="red")
+            )
+            if exc.fix:
+                errors.print(Text(f"mend:  {exc.fix}"))
+            raise typer.Exit(2) from None
+
+    return run
+
+
+@app.callback(invoke_without_command=True)
+def _version(version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False) -> None:
+    if version:
+        console.print(f"pytest-repro {__version__}")
+        raise typer.Exit
