@@ -128,7 +128,7 @@ def compare_decode(golden: Generation, now: Generation) -> Comparison:
     hit = first >= 0
 
     seen = np.arange(len(at)) - starts[owner] <= np.where(hit, first, common)[owner]
-    dlogp = np.abs(_logprob_of_golden_token(golden, now, at, at_now) - golden.logprob[at].astype(np.float64))
+    dlogp = np.abs(logprob_of_golden_token(golden, now, at, at_now) - golden.logprob[at].astype(np.float64))
     dlogp = np.where(seen, dlogp, np.nan)
 
     inside = hit & ~ended_early
@@ -167,7 +167,8 @@ def _deficit_at(golden: Generation, now: Generation, then: Ints, here: Ints) -> 
     return out
 
 
-def _logprob_of_golden_token(golden: Generation, now: Generation, at: Ints, at_now: Ints) -> Floats:
+def logprob_of_golden_token(golden: Generation, now: Generation, at: Ints, at_now: Ints) -> Floats:
+    """Log-probability now of the golden's token at flat positions `at`, decoded at `at_now`; NaN where it was not seen."""
     same = golden.tokens[at] == now.tokens[at_now]
     own = np.where(same, now.logprob[at_now], np.nan).astype(np.float64)
     if now.reference_logprob is None:

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from . import accuracy, checks, fingerprint, noise
+from . import accuracy, checks, fingerprint, noise, traces
 from .arbiter import Arbitration
 from .comparison import Comparison, Row, finite
 from .errors import EngineError, GoldenError, GoldenMissing, ReproError
@@ -217,7 +217,9 @@ def judge_all(
         else view.judged(p, result, fp32)
         for p in result.prompts
     )
-    return checks.summed_up(replace(result, prompts=prompts))
+    result = replace(result, prompts=prompts)
+    result = traces.traced(result, suite.prompts, golden, gathered.scores, gathered.generation, decode)
+    return checks.summed_up(result)
 
 
 def arbitrated(result: SuiteResult, found: Mapping[str, Arbitration]) -> SuiteResult:

@@ -151,6 +151,7 @@ def result_of(shards: Sequence[tuple[str, SuiteResult]]) -> SuiteResult:
         environment=next((r.environment for r in ran.values()), {}),
         environment_diff=tuple({repr(c): c for r in results for c in r.environment_diff}.values()),
         equal_fields=min((r.equal_fields for r in came_to_compare.values()), default=0),
+        distribution=_distribution(results),
         metrics={},
         notes=(f"merged from {len(results)} shards", *_notes({n: r for n, r in found.items() if r.prompts}, ran)),
         seconds=sum(r.seconds for r in results),
@@ -160,6 +161,15 @@ def result_of(shards: Sequence[tuple[str, SuiteResult]]) -> SuiteResult:
     whole = replace(whole, checks=_with_failed(whole.checks, found))
     steps = dict.fromkeys(step for r in (whole, *results) for step in r.next_steps)
     return replace(whole, next_steps=() if whole.passed else tuple(steps))
+
+
+def _distribution(results: Sequence[SuiteResult]) -> dict[str, Any] | None:
+    """Counts added up; the edges are the same in every report of this schema."""
+    found = [r.distribution for r in results if r.distribution]
+    if not found:
+        return None
+    counts = [sum(column) for column in zip(*(d["counts"] for d in found), strict=True)]
+    return {"edges": found[0]["edges"], "counts": counts, "zeros": sum(d["zeros"] for d in found)}
 
 
 def _numbered(shards: Sequence[tuple[str, SuiteResult]], where: str) -> dict[str, SuiteResult]:

@@ -46,6 +46,14 @@ class PromptResult:
     """What the FP32 answer says of a drift: an `arbiter.Arbitration` as a mapping; None where it was not asked."""
     score_golden: bool | None = None
     score_now: bool | None = None
+    prompt: str = ""
+    """What was asked; empty where there is no trace."""
+    golden_full: str | None = None
+    """The whole golden text, where it differs and was traced."""
+    now_full: str | None = None
+    """The whole text now, where it differs, was decoded and traced."""
+    trace: Mapping[str, Any] | None = None
+    """A `traces.Trace` as a mapping."""
 
 
 @dataclass(frozen=True)
@@ -87,6 +95,10 @@ class SuiteResult:
     environment_diff: tuple[Change, ...] = ()
     equal_fields: int = 0
     envelope_deficit: float | None = None
+    envelope: Mapping[str, Any] | None = None
+    """The golden's envelope (`traces.described`); None where nothing was compared."""
+    distribution: Mapping[str, Any] | None = None
+    """A `traces.Distribution` as a mapping; None where nothing was compared."""
     metrics: Mapping[str, float | int | None] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     """Things to know that fail nothing: a fallback golden, unused prompts, waivers."""

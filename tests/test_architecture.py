@@ -16,6 +16,7 @@ LAYERS = [
     {"suite", "generation", "fingerprint", "schemas", "errors", "text"},
     {
         "judging",
+        "traces",
         "checks",
         "arbiter",
         "merging",

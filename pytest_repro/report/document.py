@@ -52,6 +52,8 @@ def of_suite(result: SuiteResult) -> Document:
             **result.metrics,
         },
         "envelope_deficit": result.envelope_deficit,
+        "envelope": dict(result.envelope) if result.envelope else None,
+        "distribution": dict(result.distribution) if result.distribution else None,
         "environment": dict(result.environment),
         "environment_diff": [asdict(change) for change in result.environment_diff],
         "equal_fields": result.equal_fields,
@@ -129,6 +131,8 @@ def _result(suite: Mapping[str, Any], where: str) -> SuiteResult:
         environment_diff=tuple(Change(**change) for change in suite["environment_diff"]),
         equal_fields=suite["equal_fields"],
         envelope_deficit=suite["envelope_deficit"],
+        envelope=suite["envelope"],
+        distribution=suite["distribution"],
         metrics=suite["metrics"],
         notes=tuple(suite["notes"]),
         seconds=suite["seconds"],
@@ -144,4 +148,4 @@ def _prompt_result(prompt: Mapping[str, Any]) -> PromptResult:
 
 def write(path: Path, document: Document) -> None:
     """Write a report, whole or not at all. Non-ASCII text is escaped, so that model text stays inert."""
-    atomic_write(path, json.dumps(document, indent=1, ensure_ascii=True, allow_nan=False).encode() + b"\n")
+    atomic_write(path, json.dumps(document, ensure_ascii=True, allow_nan=False).encode() + b"\n")
