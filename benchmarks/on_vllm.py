@@ -1,4 +1,4 @@
-"""vLLM on a CPU: LayerCast beside FP32 (speed, weight memory, outputs), and replay beside decoding.
+"""vLLM on a CPU: LayerCast beside FP32 (speed, weight memory, outputs), and replay beside decoding (FP32, bf16).
 
     python benchmarks/on_vllm.py
 
@@ -29,7 +29,7 @@ from pytest_repro.generation import Generation, Request
 from pytest_repro.suite import load
 
 SUITE = Path(__file__).parents[1] / "golden" / "word-problems"
-NEW_TOKENS = 64
+NEW_TOKENS = 96
 ROUNDS = 3
 
 
@@ -47,7 +47,10 @@ def main() -> None:
         for batch in (1, 8):
             figures[f"batch size {batch}"] = speed(engines, requests[: 4 if batch == 1 else 8], batch)
         figures |= agreement(engines, requests)
-        figures["replay"] = replayed(engines["fp32"], requests)
+        figures["replay, fp32"] = replayed(engines["fp32"], requests)
+    with ExitStack() as stack:
+        engine, _ = started(stack, Spec(numerics.mode("bf16"), NEW_TOKENS, SUITE, files, say=print))
+        figures["replay, bf16"] = replayed(engine, requests)
     publish("on_vllm", figures)
 
 

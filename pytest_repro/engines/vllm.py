@@ -14,7 +14,7 @@ import json
 import os
 import re
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -41,6 +41,8 @@ EXECUTORS = ("mp", "ray", "uni")
 
 TOP = 20
 """Log-probabilities asked for at each position, vLLM's own most: a golden's token beyond them has an unknown deficit."""
+FEW_CORES = 4
+"""CPUs on which the worker gets every core."""
 CPU_KV_CACHE = 2**30
 """Bytes of KV cache on a CPU, where vLLM would take nearly all memory."""
 
@@ -90,7 +92,20 @@ def _environment(spec: Spec, log: Path) -> dict[str, str]:
         chosen["TORCH_COMPILE_DISABLE"] = "1"  # helpers of the sampler are compiled otherwise, for half a minute
     if spec.mode.compute_class == "fp32":
         chosen |= {"VLLM_FLOAT32_MATMUL_PRECISION": "highest", "TRITON_F32_DEFAULT": "ieee"}
-    return chosen
+    return chosen | _all_of_few_cores(spec.options)
+
+
+def _all_of_few_cores(options: Mapping[str, Any]) -> dict[str, str]:
+    """Every core to the worker, on a CPU with few of them. What the user has set stands.
+
+    vLLM keeps one for its scheduler, which only waits while a batch runs: of two cores that is half the machine.
+    """
+    set_already = {"VLLM_CPU_OMP_THREADS_BIND", "VLLM_CPU_NUM_OF_RESERVED_CPU"} & set(os.environ)
+    several = any(options.get(f"{kind}_parallel_size", 1) != 1 for kind in ("tensor", "pipeline", "data"))
+    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+    if set_already or several or not 1 < len(cores) <= FEW_CORES:
+        return {}
+    return {"VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, cores))}
 
 
 def _log_to(log: Path) -> dict[str, Any]:

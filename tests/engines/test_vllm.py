@@ -18,7 +18,7 @@ from torch.nn.modules import module as hooks
 from transformers import GemmaConfig, GemmaForCausalLM
 
 from pytest_repro.engines.base import Engine, Spec, opener
-from pytest_repro.engines.vllm import VllmEngine, _cause, _check_version, _score, worst
+from pytest_repro.engines.vllm import VllmEngine, _all_of_few_cores, _cause, _check_version, _score, worst
 from pytest_repro.engines.vllm_worker import Observer, _Watch
 from pytest_repro.errors import ConfigError, EngineError
 from pytest_repro.generation import Request
@@ -70,6 +70,34 @@ class TestVllmLayerCast(EngineContract):
     @pytest.fixture
     def engine(self, layercast_engine: Engine) -> Engine:
         return layercast_engine
+
+
+@pytest.mark.parametrize(
+    ("cores", "options", "set_by_user", "expected"),
+    [
+        ({0, 1}, {}, {}, "0,1"),
+        ({2, 3, 6}, {"tensor_parallel_size": 1}, {}, "2,3,6"),
+        ({0, 1}, {"tensor_parallel_size": 2}, {}, None),
+        ({0, 1}, {"data_parallel_size": 2}, {}, None),
+        (set(range(16)), {}, {}, None),
+        ({0}, {}, {}, None),
+        ({0, 1}, {}, {"VLLM_CPU_OMP_THREADS_BIND": "1"}, None),
+        ({0, 1}, {}, {"VLLM_CPU_NUM_OF_RESERVED_CPU": "1"}, None),
+    ],
+)
+def test_a_small_cpu_is_the_workers_as_a_whole(
+    cores: set[int],
+    options: dict[str, Any],
+    set_by_user: dict[str, str],
+    expected: str | None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: cores)
+    for name in ("VLLM_CPU_OMP_THREADS_BIND", "VLLM_CPU_NUM_OF_RESERVED_CPU"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in set_by_user.items():
+        monkeypatch.setenv(name, value)
+    assert _all_of_few_cores(options).get("VLLM_CPU_OMP_THREADS_BIND") == expected
 
 
 @pytest.mark.parametrize("which", ["fp32_engine", "layercast_engine"])
