@@ -183,7 +183,7 @@ def test_a_server_without_prompt_logprobs_says_so_and_does_not_replay() -> None:
 
 def test_fewer_logprobs_are_asked_for_where_twenty_are_too_many() -> None:
     with serving(most_logprobs=5) as fake, opened(fake.url) as engine:
-        assert engine.can.logprobs == 5
+        assert engine.dialect.logprobs == 5
         assert engine.replays
         assert not errors(engine.replay(watching(engine)))
 
@@ -409,7 +409,9 @@ def test_the_key_is_nowhere_to_be_read(monkeypatch: pytest.MonkeyPatch, tmp_path
         assert set(found) == set("abcd")
         assert "***" in found["a"]
         assert "redirects" in found["d"]
-        told = json.dumps([found, dict(engine.facts()), repr(engine.server), repr(engine.settings), repr(engine.can)])
+        told = json.dumps(
+            [found, dict(engine.facts()), repr(engine.server), repr(engine.settings), repr(engine.dialect)]
+        )
         assert SECRET not in told
         raise KeyboardInterrupt
     assert not any(SECRET in p.read_text() for p in (tmp_path / "cache").rglob("*") if p.is_file())
