@@ -268,7 +268,9 @@ class OpenAIEngine:
         content = prompt.content
         written = content if isinstance(content, str) else json.dumps(content)
         if isinstance(content, list) and not self.dialect.chat:
-            raise EngineError(f"prompt {prompt.id} is a chat, and the server's model has no chat template")
+            raise EngineError(
+                f"prompt {prompt.id} is a chat, and the server renders none: its model has no chat template, or it is too old"
+            )
         if self.text_only:
             return list(written.encode())
         if written not in self._encoded:
