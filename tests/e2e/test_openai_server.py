@@ -111,13 +111,16 @@ def test_a_golden_of_one_server_checks_another_one(served: Served, state: dict[s
     (suite,) = served.project.json()["suites"]
     assert {(p["verdict"], p["method"]) for p in suite["prompts"]} >= {("identical", method)}
     assert served.verdicts() == dict.fromkeys(NAMES, "identical")
-    assert f"vllm 0.32.0 -> {state['speaks']} {state['version']}" in result.text, "the server is a suspect"
+    (change,) = (c for c in suite["environment_diff"] if c["field"] == "engine_version")
+    assert change["now"] == f"{state['speaks']} {state['version']}", "the server is a suspect"
     served.restart(**state, salt="other weights")
     assert served.check().rc == 1
     assert set(served.verdicts().values()) == {"drift"}
 
 
 def test_a_dialect_that_is_none_is_a_mistake_in_the_suite(served: Served) -> None:
+    served.suite().recorded()
+    served.fake.state.seen.clear()
     result = served.suite(dialect="ollama").check()
     assert result.rc != 0
     assert "'ollama' is none of auto, vllm, sglang, llama.cpp, text" in result.text
