@@ -214,6 +214,21 @@ def test_a_dialect_that_the_server_does_not_speak_is_refused(name: str) -> None:
         pass
 
 
+def test_what_a_server_says_in_place_of_its_dialect_is_inert() -> None:
+    bad = meta(finish_reason={"type": "stop", "matched": "\x1b[31m\n::error::gone"})
+    with serving(**SGLANG) as fake:
+        fake.state.spoil = lambda path, text, answer: bad(answer) if path == "/generate" else answer
+        says: list[str] = []
+        with opened(fake.url, says=says) as engine:
+            assert engine.text_only
+        with pytest.raises(ConfigError) as caught, opened(fake.url, dialect="sglang"):
+            pass
+    for told in ("".join(says), str(caught.value)):
+        assert "cut short" in told
+        assert "\x1b" not in told
+        assert "\n::error" not in told
+
+
 @pytest.mark.parametrize("wrong", ["ollama", "", 7, ["vllm"], None], ids=str)
 def test_a_dialect_that_there_is_not_is_refused(wrong: Any) -> None:
     with pytest.raises(ConfigError, match=", ".join(NAMES)), opened("http://127.0.0.1:9/v1", dialect=wrong):
@@ -301,6 +316,7 @@ BROKEN_LLAMA_CPP: dict[str, Any] = {
     ),
     "nan": lambda a: a | {"completion_probabilities": [e | {"logprob": None} for e in a["completion_probabilities"]]},
     "no-ids": lambda a: a | {"tokens": []},
+    "too-many": lambda a: a | {"tokens": a["tokens"] * 99},
     "cut": lambda a: a | {"tokens": a["tokens"][:3]},
     "cut-consistently": lambda a: (
         a

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from ...errors import ConfigError
+from ...text import inert
 from ..openai_client import Server
 from . import llama_cpp, sglang, text, vllm
 from .base import Dialect, Foreign
@@ -38,7 +39,7 @@ def find(server: Server, model: str, card: Mapping[str, Any], wanted: str, say: 
             return WITH_TOKENS[wanted](server, model, card)
         except Foreign as exc:
             raise ConfigError(
-                f"the server does not speak {wanted}'s dialect: {exc}",
+                f"the server does not speak {wanted}'s dialect: {inert(str(exc))}",
                 where="[engine.openai] dialect",
                 fix="leave it out, and the dialect is found out",
             ) from None
@@ -48,6 +49,6 @@ def find(server: Server, model: str, card: Mapping[str, Any], wanted: str, say: 
         try:
             return WITH_TOKENS[name](server, model, card)
         except Foreign as exc:
-            lacks = f" ({exc})" if name == listed_as else lacks
+            lacks = f" ({inert(str(exc))})" if name == listed_as else lacks
     say(f"this server shows no token ids with log-probabilities{lacks}: only texts are compared, no rounding is judged")
     return text.meet(server, model, card)

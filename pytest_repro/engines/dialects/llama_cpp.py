@@ -7,6 +7,7 @@ all of them, and only its own number. The others' numbers are unknown.
 from __future__ import annotations
 
 import json
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -138,6 +139,8 @@ class LlamaCpp(Dialect):
         """`tokens`, and the numbers in `completion_probabilities`."""
         if data.get("tokens_evaluated") != len(request.tokens) or data.get("truncated") is not False:
             raise Malformed("the server answered another prompt: it added tokens, or took some away")
+        if len(openai_answers.array(data.get("tokens"), "tokens")) > max_new_tokens:
+            raise Malformed(f"more tokens than the {max_new_tokens} that were asked for")
         tokens, rows = _steps(data)
         ended = data.get("stop_type")
         reason = openai_answers.finish_reason(_ENDS.get(ended, ended) if isinstance(ended, str) else ended)
@@ -170,12 +173,17 @@ def _places(tokens: list[int], entries: list[dict[str, Any]], content: Any) -> l
         Malformed: entries of other tokens, or some are left out without the reason that there is.
     """
     names = [openai_answers.token(entry.get("id")) for entry in entries]
+    if names == tokens:
+        return list(range(len(tokens)))
+    places = defaultdict[int, list[int]](list)
+    for place, token in enumerate(tokens):
+        places[token].append(place)
     # Whether tokens before it may have been left out: before each entry, and before the end.
     loose = [*map(_completes_a_character, entries), isinstance(content, str) and content.endswith("\ufffd")]
     possible: list[set[int]] = [{-1}]
     for name, free in zip([*names, None], loose, strict=True):
         before = possible[-1]
-        fit = [len(tokens)] if name is None else [place for place, token in enumerate(tokens) if token == name]
+        fit = [len(tokens)] if name is None else places[name]
         possible.append({place for place in fit if place - 1 in before or (free and place > min(before))})
         if not possible[-1]:
             raise Malformed(f"{len(tokens)} tokens, but log-probabilities of {len(entries)}, or of others")
