@@ -20,7 +20,8 @@ def inert(text: str, limit: int = 0) -> str:
         limit: most characters to keep, from the end; 0 keeps all.
     """
     kept = text[-limit:] if limit and len(text) > limit else text
-    shown = "".join(_shown(char) for char in kept.replace("\r\n", "\n")).replace("##[", "#\\x23[")
+    shown = kept if kept.isascii() and kept.isprintable() else "".join(map(_shown, kept.replace("\r\n", "\n")))
+    shown = shown.replace("##[", "#\\x23[")
     return shown.replace("::", ":\\x3a", 1) if shown.lstrip().startswith("::") else shown
 
 

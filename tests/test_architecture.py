@@ -36,7 +36,7 @@ LAYERS = [
 LAYERCAST = {
     f"numerics.layercast.{name}" for name in ("product", "native", "gpu", "weight", "model", "quantizer", "vllm")
 }
-CLI = {"cli.shell", "cli.goldens", "cli.shards", "cli.machine"}
+CLI = {"cli.shell", "cli.goldens", "cli.shards", "cli.machine", "cli.surfaces"}
 HEAVY = {
     "pytest": {"plugin", "testing"},
     "torch": {

@@ -10,7 +10,8 @@ from ..text import inert
 Line = tuple[str, str]
 """(text, style): style is "", "red", "yellow", "green" or "bold"."""
 
-_ORDER = ("error", "incomparable", "missing", "drift", "near_tie", "waived", "identical")
+ORDER = ("error", "incomparable", "missing", "drift", "near_tie", "waived", "identical")
+"""Verdicts, worst first."""
 _STYLE = {
     "error": "red",
     "incomparable": "red",
@@ -38,11 +39,8 @@ def lines(suite: Mapping[str, Any], *, verbose: bool = False) -> Iterator[Line]:
 
 def _section(suite: Mapping[str, Any], verbose: bool) -> Iterator[Line]:
     yield from _head(suite)
-    shown = sorted(
-        (p for p in suite["prompts"] if p["verdict"] != "identical"),
-        key=lambda p: (_ORDER.index(p["verdict"]), -(p["deficit"] if p["deficit"] is not None else float("inf"))),
-    )
-    yield from _same_reason(shown) if _all_alike(shown) else _prompts(shown, verbose)
+    shown = worst_first(suite)
+    yield from _same_reason(shown) if all_alike(shown) else _prompts(shown, verbose)
     differs = bool(shown) or suite["verdict"] == "fail"
     if differs:
         yield from _environment(suite, verbose)
@@ -65,6 +63,14 @@ def _section(suite: Mapping[str, Any], verbose: bool) -> Iterator[Line]:
         yield f"{'next' if i == 0 else '':<13} {step['command']}{when}", "bold"
 
 
+def worst_first(suite: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The prompts that are not identical, in the order in which a person should look at them."""
+    return sorted(
+        (p for p in suite["prompts"] if p["verdict"] != "identical"),
+        key=lambda p: (ORDER.index(p["verdict"]), -(p["deficit"] if p["deficit"] is not None else float("inf"))),
+    )
+
+
 def _head(suite: Mapping[str, Any]) -> Iterator[Line]:
     golden, failed = suite["golden"], suite["verdict"] == "fail"
     against = ""
@@ -79,7 +85,7 @@ def _head(suite: Mapping[str, Any]) -> Iterator[Line]:
             "",
         )
         return
-    counts = " · ".join(f"{suite['counts'][v]} {v}" for v in reversed(_ORDER) if suite["counts"].get(v))
+    counts = " · ".join(f"{suite['counts'][v]} {v}" for v in reversed(ORDER) if suite["counts"].get(v))
     rules = "; ".join(suite["failures"])
     yield f"      {counts}" + (f"            {rules}" if rules else ""), ""
     if suite["shard"]:
@@ -97,7 +103,8 @@ def _head(suite: Mapping[str, Any]) -> Iterator[Line]:
         )
 
 
-def _all_alike(shown: list[Mapping[str, Any]]) -> bool:
+def all_alike(shown: list[Mapping[str, Any]]) -> bool:
+    """Whether one cause struck every one of these prompts, so that it is told once."""
     return (
         len(shown) > 1 and all(p["verdict"] in _WITHOUT_TEXT for p in shown) and len({p["reason"] for p in shown}) == 1
     )
@@ -127,7 +134,7 @@ def _prompt(p: Mapping[str, Any]) -> Iterator[Line]:
     if p["divergence_index"] is None:
         yield f"{p['verdict']:<13} {p['id']}  {p['reason']}", style
         if p["arbiter"]:
-            yield f"{'':<13} {_arbiter(p['arbiter'])}", ""
+            yield f"{'':<13} {arbiter(p['arbiter'])}", ""
         return
     gap = "" if p["golden_gap"] is None else f", golden's gap {_number(p['golden_gap'])}"
     deficit = "unknown" if p["deficit"] is None else _number(p["deficit"])
@@ -139,7 +146,7 @@ def _prompt(p: Mapping[str, Any]) -> Iterator[Line]:
     if p["verdict"] == "drift":
         yield f"{'':<13} {p['reason']}", ""
         if p["arbiter"]:
-            yield f"{'':<13} {_arbiter(p['arbiter'])}", ""
+            yield f"{'':<13} {arbiter(p['arbiter'])}", ""
     for name, texts in (("golden", p["golden_text"]), ("now", p["now_text"])):
         if texts:
             yield (
@@ -148,7 +155,7 @@ def _prompt(p: Mapping[str, Any]) -> Iterator[Line]:
             )
 
 
-def _arbiter(found: Mapping[str, Any]) -> str:
+def arbiter(found: Mapping[str, Any]) -> str:
     """What the FP32 answer says of a drift."""
     golden, now = found["golden_distance"], found["candidate_distance"]
     sizes = f"golden {_number(golden)}, now {_number(now)} nats from the FP32 answer (LayerCast, same weights)"
