@@ -82,6 +82,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "or share in [thresholds] is held against the part's own prompts, accuracy and length are not judged; "
         "pytest-repro merge --report judges all parts together. --repro-update: then pytest-repro merge")  # fmt: skip
     add("--repro-report-json", metavar="FILE", help="write the report as JSON")
+    add("--repro-report-html", metavar="FILE", help="write the report as one HTML file, which opens offline")
     parser.addini(
         "repro_paths",
         "folders with suites, collected by --repro-check without a path",
@@ -97,8 +98,9 @@ def pytest_configure(config: pytest.Config) -> None:
         "repro(model=, numerics=, batch_size=, max_new_tokens=, engine=, ...): what the repro fixture checks with",
     )
     option = config.option
-    if option.repro_report_json and Path(option.repro_report_json).is_dir():
-        raise pytest.UsageError(f"--repro-report-json {option.repro_report_json}: that is a folder; name a file in it")
+    for name, path in _reports(config):
+        if Path(path).is_dir():
+            raise pytest.UsageError(f"{name} {path}: that is a folder; name a file in it")
     if option.repro_check or option.repro_update:
         _refuse_unsafe_update(config)
         _refuse_shared_gpus(config)
@@ -108,6 +110,15 @@ def pytest_configure(config: pytest.Config) -> None:
     given = [a.partition("=")[0] for a in config.invocation_params.args if str(a).startswith("--repro-")]
     if given:
         raise pytest.UsageError(f"{given[0]} does nothing by itself: add --repro-check or --repro-update")
+
+
+def _reports(config: pytest.Config) -> list[tuple[str, str]]:
+    """(option, file) of the reports that are to be written."""
+    asked = {
+        "--repro-report-json": config.option.repro_report_json,
+        "--repro-report-html": config.option.repro_report_html,
+    }
+    return [(name, path) for name, path in asked.items() if path]
 
 
 def _session(config: pytest.Config) -> Session:
@@ -375,11 +386,21 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     if session.exitstatus == 0 and any(suite["verdict"] == "fail" for suite in state.suites.values()):
         # The item that carries the failure (an unreviewed golden, say) was deselected: the suite fails all the same.
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
-    path = session.config.option.repro_report_json
-    if path:
-        from .report import document
+    _write_reports(session.config, state)
 
-        document.write(Path(path), document.of_session(list(state.suites.values()), state.recordings))
+
+def _write_reports(config: pytest.Config, state: Session) -> None:
+    if not _reports(config):
+        return
+    from .report import document
+
+    found = document.of_session(list(state.suites.values()), state.recordings)
+    if path := config.option.repro_report_json:
+        document.write(Path(path), found)
+    if path := config.option.repro_report_html:
+        from .report import html
+
+        html.write(Path(path), found)
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -404,8 +425,8 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
     for recorded in state.recordings:
         terminalreporter.section(f"repro: {recorded['path']} [{recorded['numerics']}]")
         _write(terminalreporter, terminal.recording(recorded))
-    if config.option.repro_report_json:
-        terminalreporter.line(f"repro: report written to {config.option.repro_report_json}")
+    for _, path in _reports(config):
+        terminalreporter.line(f"repro: report written to {path}")
 
 
 def _write(reporter: pytest.TerminalReporter, lines: Any) -> None:

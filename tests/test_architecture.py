@@ -64,6 +64,8 @@ HEAVY = {
     "httpx": {"engines.openai_client"},
     "typer": CLI,
     "rich": CLI,
+    "jinja2": {"report.html"},
+    "markupsafe": {"report.html"},
     "git": {"probe"},
     "pynvml": {"probe"},
 }

@@ -25,11 +25,13 @@ class Surface(StrEnum):
     GITHUB = "github"
     MARKDOWN = "markdown"
     COMMENT = "comment"
+    HTML = "html"
     JUNIT = "junit"
     IN_TOTO = "in-toto"
 
 
 Suite = Mapping[str, Any]
+_ONE = (Surface.HTML, Surface.IN_TOTO)
 _MADE_BY = "name a report of pytest --repro-check --repro-report-json FILE"
 
 
@@ -42,7 +44,7 @@ def report(
     key: Annotated[str, typer.Option("--key", help="Tells a comment from others on the same pull request.")] = "check",
     exit_code: Annotated[int | None, typer.Option("--exit-code", help="How pytest ended; github: a report of a run that broke off is no pass.")] = None,
 ) -> None:  # fmt: skip
-    """Make a report into a step summary, annotations and outputs (github), Markdown, a comment, JUnit or in-toto.
+    """Make a report into a step summary, annotations and outputs (github), Markdown, a comment, HTML, JUnit or in-toto.
 
     github appends to the files that GITHUB_STEP_SUMMARY and GITHUB_OUTPUT name, and prints annotations; it exits with 1 if a
     report is not there or cannot be read, and says so in the summary.
@@ -55,7 +57,7 @@ def report(
                 fix="--to markdown --output FILE makes the same summary",
             )
         raise typer.Exit(_github(files, exit_code))
-    if to is Surface.IN_TOTO and len(files) > 1:
+    if to in _ONE and len(files) > 1:
         raise ConfigError(f"{len(files)} reports", where=f"--to {to}", fix="name one report; github, markdown, comment and junit take several")  # fmt: skip
     made = _made(files, to, key)
     if output is None:
@@ -80,6 +82,10 @@ def _made(files: Sequence[Path], to: Surface, key: str) -> bytes:
         return junit.document(suites)
     if to is Surface.IN_TOTO:
         return intoto.statement(suites, files[0].name, files[0].read_bytes(), run=run).encode()
+    if to is Surface.HTML:
+        from ..report import html  # jinja2 with it
+
+        return html.render(document.of_session(suites, [])).encode()
     return markdown.summary(suites, where=where, run=run).encode()
 
 

@@ -203,7 +203,7 @@ def _texts(p: Mapping[str, Any]) -> Iterator[str]:
     """Why, and both continuations as the lines of a diff."""
     lines = [f"# {p['reason']}"] if p["reason"] and p["verdict"] not in ("near_tie", "waived") else []
     if p["arbiter"]:
-        lines.append(f"# {terminal.arbiter(p['arbiter'])}")
+        lines.append(f"# {terminal.arbiter_line(p['arbiter'])}")
     for sign, name, texts in (("-", "golden", p["golden_text"]), ("+", "now   ", p["now_text"])):
         if texts:
             lines.append(f"{sign} {name}  … {texts['before'][-60:]}|{texts['token']}|{texts['after']}")

@@ -134,7 +134,7 @@ def _prompt(p: Mapping[str, Any]) -> Iterator[Line]:
     if p["divergence_index"] is None:
         yield f"{p['verdict']:<13} {p['id']}  {p['reason']}", style
         if p["arbiter"]:
-            yield f"{'':<13} {arbiter(p['arbiter'])}", ""
+            yield f"{'':<13} {arbiter_line(p['arbiter'])}", ""
         return
     gap = "" if p["golden_gap"] is None else f", golden's gap {_number(p['golden_gap'])}"
     deficit = "unknown" if p["deficit"] is None else _number(p["deficit"])
@@ -146,7 +146,7 @@ def _prompt(p: Mapping[str, Any]) -> Iterator[Line]:
     if p["verdict"] == "drift":
         yield f"{'':<13} {p['reason']}", ""
         if p["arbiter"]:
-            yield f"{'':<13} {arbiter(p['arbiter'])}", ""
+            yield f"{'':<13} {arbiter_line(p['arbiter'])}", ""
     for name, texts in (("golden", p["golden_text"]), ("now", p["now_text"])):
         if texts:
             yield (
@@ -155,7 +155,7 @@ def _prompt(p: Mapping[str, Any]) -> Iterator[Line]:
             )
 
 
-def arbiter(found: Mapping[str, Any]) -> str:
+def arbiter_line(found: Mapping[str, Any]) -> str:
     """What the FP32 answer says of a drift."""
     golden, now = found["golden_distance"], found["candidate_distance"]
     sizes = f"golden {_number(golden)}, now {_number(now)} nats from the FP32 answer (LayerCast, same weights)"

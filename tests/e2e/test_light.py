@@ -4,7 +4,19 @@ from __future__ import annotations
 
 from .project import Project
 
-HEAVY = {"torch", "transformers", "numpy", "scipy", "jsonschema", "git", "safetensors", "rich", "typer", "filelock"}
+HEAVY = {
+    "torch",
+    "transformers",
+    "numpy",
+    "scipy",
+    "jsonschema",
+    "git",
+    "safetensors",
+    "rich",
+    "typer",
+    "filelock",
+    "jinja2",
+}
 TELL = """
 import atexit, pathlib, sys
 
