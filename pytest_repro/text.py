@@ -15,8 +15,8 @@ def inert(text: str, limit: int = 0) -> str:
     """The text on one line, with everything that could act spelt out.
 
     Line breaks become `⏎`; other control, format (bidirectional overrides, zero-width), invisible and unassigned characters
-    become escapes; `##[`, which the GitHub runner reads anywhere in a line, is broken up. (`::` acts at the start of a line
-    only, where this package never puts model text.)
+    become escapes; `##[`, which the GitHub runner reads anywhere in a line, is broken up, and so is `::` where the line begins
+    with it: the runner trims a line before it looks for a command.
 
     Args:
         text: anything.
@@ -24,7 +24,8 @@ def inert(text: str, limit: int = 0) -> str:
     """
     kept = text[-limit:] if limit and len(text) > limit else text
     shown = kept if kept.isascii() and kept.isprintable() else "".join(map(_shown, kept.replace("\r\n", "\n")))
-    return shown.replace("##[", "#\\x23[")
+    shown = shown.replace("##[", "#\\x23[")
+    return shown.replace("::", ":\\x3a", 1) if shown.lstrip().startswith("::") else shown
 
 
 def _shown(char: str) -> str:

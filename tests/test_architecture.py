@@ -37,7 +37,7 @@ LAYERS = [
 LAYERCAST = {
     f"numerics.layercast.{name}" for name in ("product", "native", "gpu", "weight", "model", "quantizer", "vllm")
 }
-CLI = {"cli.shell", "cli.goldens", "cli.shards", "cli.machine", "cli.law"}
+CLI = {"cli.shell", "cli.goldens", "cli.shards", "cli.machine", "cli.law", "cli.surfaces"}
 HEAVY = {
     "pytest": {"plugin", "testing"},
     "torch": {

@@ -1,9 +1,10 @@
 """The `pytest-repro` shell, a module for each group of commands. Needs neither torch nor an engine.
 
-Exit codes: 0 done; 1 something is pending (`pending`), differs (`diff`) or fails (`merge --report`); 2 bad usage or input.
+Exit codes: 0 done; 1 something is pending (`pending`), differs (`diff`) or fails (`merge --report`), or a check left no
+report (`report --to github`); 2 bad usage or input.
 """
 
-from . import goldens, law, machine, shards  # noqa: F401  (importing them registers their commands)
+from . import goldens, law, machine, shards, surfaces  # noqa: F401  (importing them registers their commands)
 from .shell import app
 
 

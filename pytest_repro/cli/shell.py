@@ -34,11 +34,10 @@ def reported(command: Callable[..., Any]) -> Callable[..., Any]:
         try:
             return command(*args, **kwargs)
         except ReproError as exc:
-            errors.print(
-                Text(f"error: {inert(exc.what) if not exc.where else f'{exc.where}: {inert(exc.what)}'}", style="red")
-            )
+            # A file's name or a report's key is untrusted as well: all of it is spelt out.
+            errors.print(Text(inert(f"error: {f'{exc.where}: ' if exc.where else ''}{exc.what}"), style="red"))
             if exc.fix:
-                errors.print(Text(f"mend:  {exc.fix}"))
+                errors.print(Text(inert(f"mend:  {exc.fix}")))
             raise typer.Exit(2) from None
 
     return run

@@ -147,5 +147,6 @@ def _prompt_result(prompt: Mapping[str, Any]) -> PromptResult:
 
 
 def write(path: Path, document: Document) -> None:
-    """Write a report, whole or not at all. Non-ASCII text is escaped, so that model text stays inert."""
-    atomic_write(path, json.dumps(document, ensure_ascii=True, allow_nan=False).encode() + b"\n")
+    """Write a report, whole or not at all. Escapes leave model text inert, also where a CI job prints the file."""
+    text = json.dumps(document, ensure_ascii=True, allow_nan=False).replace("##[", "#\\u0023[")
+    atomic_write(path, text.encode() + b"\n")

@@ -10,7 +10,8 @@ from ..text import inert
 Line = tuple[str, str]
 """(text, style): style is "", "red", "yellow", "green" or "bold"."""
 
-_ORDER = ("error", "incomparable", "missing", "drift", "near_tie", "waived", "identical")
+ORDER = ("error", "incomparable", "missing", "drift", "near_tie", "waived", "identical")
+"""Verdicts, worst first."""
 _STYLE = {
     "error": "red",
     "incomparable": "red",
@@ -38,11 +39,8 @@ def lines(suite: Mapping[str, Any], *, verbose: bool = False) -> Iterator[Line]:
 
 def _section(suite: Mapping[str, Any], verbose: bool) -> Iterator[Line]:
     yield from _head(suite)
-    shown = sorted(
-        (p for p in suite["prompts"] if p["verdict"] != "identical"),
-        key=lambda p: (_ORDER.index(p["verdict"]), -(p["deficit"] if p["deficit"] is not None else float("inf"))),
-    )
-    yield from _same_reason(shown) if _all_alike(shown) else _prompts(shown, verbose)
+    shown = worst_first(suite)
+    yield from _same_reason(shown) if all_alike(shown) else _prompts(shown, verbose)
     differs = bool(shown) or suite["verdict"] == "fail"
     if differs:
         yield from _environment(suite, verbose)
@@ -65,6 +63,14 @@ def _section(suite: Mapping[str, Any], verbose: bool) -> Iterator[Line]:
         yield f"{'next' if i == 0 else '':<13} {step['command']}{when}", "bold"
 
 
+def worst_first(suite: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The prompts that are not identical, in the order in which a person should look at them."""
+    return sorted(
+        (p for p in suite["prompts"] if p["verdict"] != "identical"),
+        key=lambda p: (ORDER.index(p["verdict"]), -(p["deficit"] if p["deficit"] is not None else float("inf"))),
+    )
+
+
 def _head(suite: Mapping[str, Any]) -> Iterator[Line]:
     golden, failed = suite["golden"], suite["verdict"] == "fail"
     against = ""
@@ -79,7 +85,7 @@ def _head(suite: Mapping[str, Any]) -> Iterator[Line]:
             "",
         )
         return
-    counts = " · ".join(f"{suite['counts'][v]} {v}" for v in reversed(_ORDER) if suite["counts"].get(v))
+    counts = " · ".join(f"{suite['counts'][v]} {v}" for v in reversed(ORDER) if suite["counts"].get(v))
     rules = "; ".join(suite["failures"])
     yield f"      {counts}" + (f"            {rules}" if rules else ""), ""
     if suite["shard"]:
@@ -97,7 +103,8 @@ def _head(suite: Mapping[str, Any]) -> Iterator[Line]:
         )
 
 
-def _all_alike(shown: list[Mapping[str, Any]]) -> bool:
+def all_alike(shown: list[Mapping[str, Any]]) -> bool:
+    """Whether one cause struck every one of these prompts, so that it is told once."""
     return (
         len(shown) > 1 and all(p["verdict"] in _WITHOUT_TEXT for p in shown) and len({p["reason"] for p in shown}) == 1
     )

@@ -32,7 +32,10 @@ def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _finite(_: Any, value: Any) -> bool:
     """A NaN threshold would never be exceeded, an infinite envelope would explain anything."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    try:
+        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError:  # an integer of four hundred digits
+        return False
 
 
 def _whole(_: Any, value: Any) -> bool:

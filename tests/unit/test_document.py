@@ -111,6 +111,7 @@ HOSTILE: dict[str, tuple[tuple[str | int, ...], Any, str]] = {
     "golden": (("suites", 0, "golden", "review"), {"by": 3}, "review.by"),
     "prompt-key": (("suites", 0, "prompts", 0, "x"), 1, "prompts.0"),
     "size": (("suites", 0, "size"), 2.5, "size"),
+    "seconds-huge": (("suites", 0, "seconds"), 10**400, "seconds"),
     "empty": (("suites",), [], "holds no check"),
     "schema": (("schema",), 2, "schema 1 is needed"),
 }

@@ -28,11 +28,15 @@ from pytest_repro.text import inert
         ("\U000e0001", r"\U000e0001"),
         ("a\ufe0f\u3164\U000e0100", r"a\ufe0f\u3164\U000e0100"),
         ("\u0378\ue000", r"\u0378\ue000"),
+        ("::error::x", r":\x3aerror::x"),
+        (" \u00a0 ::set-env name=A::x", " \u00a0 " + r":\x3aset-env name=A::x"),
+        ("a ::error::x", "a ::error::x"),
         ("", ""),
     ],
     ids=[
         "plain", "escape", "c1-csi", "controls", "newline", "crlf", "cr", "github-command", "more-hashes", "bidi",
-        "invisible", "line-separators", "lone-surrogate", "tag", "letters-and-marks-unseen", "unassigned-private", "empty",
+        "invisible", "line-separators", "lone-surrogate", "tag", "letters-and-marks-unseen", "unassigned-private", "command",
+        "command-after-blanks", "colons-within", "empty",
     ],
 )  # fmt: skip
 def test_inert(text: str, shown: str) -> None:
