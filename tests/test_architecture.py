@@ -26,16 +26,18 @@ LAYERS = [
         "verdict",
         "result",
         "golden",
+        "provenance",
+        "wording",
     },
-    {"store", "probe", "precision", "models", "engines", "numerics"},
+    {"store", "history", "probe", "precision", "models", "engines", "numerics"},
     {"report"},
-    {"gate", "review"},
+    {"gate", "review", "audit"},
     {"plugin", "cli", "session", "fixture", "testing"},
 ]
 LAYERCAST = {
     f"numerics.layercast.{name}" for name in ("product", "native", "gpu", "weight", "model", "quantizer", "vllm")
 }
-CLI = {"cli.shell", "cli.goldens", "cli.shards", "cli.machine"}
+CLI = {"cli.shell", "cli.goldens", "cli.shards", "cli.machine", "cli.verifying"}
 HEAVY = {
     "pytest": {"plugin", "testing"},
     "torch": {
@@ -62,7 +64,7 @@ HEAVY = {
     "httpx": {"engines.openai_client"},
     "typer": CLI,
     "rich": CLI,
-    "git": {"probe"},
+    "git": {"probe", "history"},
     "pynvml": {"probe"},
 }
 AT_THE_TOP = {

@@ -1,9 +1,10 @@
 """The `pytest-repro` shell, a module for each group of commands. Needs neither torch nor an engine.
 
-Exit codes: 0 done; 1 something is pending (`pending`), differs (`diff`) or fails (`merge --report`); 2 bad usage or input.
+Exit codes: 0 done; 1 something is pending (`pending`), differs (`diff`) or fails (`merge --report`,
+`verify`); 2 bad usage or input.
 """
 
-from . import goldens, machine, shards  # noqa: F401  (importing them registers their commands)
+from . import goldens, machine, shards, verifying  # noqa: F401  (importing them registers their commands)
 from .shell import app
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
@@ -26,6 +27,16 @@ Where = Annotated[Path, typer.Argument(help="A suite's folder, or a folder of su
 AsJson = Annotated[bool, typer.Option("--as-json", help="Print JSON for scripts.")]
 
 
+def as_data(data: Any) -> None:
+    """Print JSON for scripts; what a CI runner reads anywhere in a line is spelt out in it."""
+    print(json.dumps(data, indent=1).replace("##[", "#\\u0023["))
+
+
+def say(line: str, style: str = "") -> None:
+    """A line for a person; nothing of it acts."""
+    console.print(Text(inert(line), style=style))
+
+
 def reported(command: Callable[..., Any]) -> Callable[..., Any]:
     """Errors of this package as a message and exit code 2, never a traceback."""
 
@@ -35,10 +46,10 @@ def reported(command: Callable[..., Any]) -> Callable[..., Any]:
             return command(*args, **kwargs)
         except ReproError as exc:
             errors.print(
-                Text(f"error: {inert(exc.what) if not exc.where else f'{exc.where}: {inert(exc.what)}'}", style="red")
+                Text(inert(f"error: {exc.where}: {exc.what}" if exc.where else f"error: {exc.what}"), style="red")
             )
             if exc.fix:
-                errors.print(Text(f"mend:  {exc.fix}"))
+                errors.print(Text(inert(f"mend:  {exc.fix}")))
             raise typer.Exit(2) from None
 
     return run
