@@ -29,7 +29,7 @@ LAYERS = [
         "provenance",
         "wording",
     },
-    {"store", "history", "probe", "precision", "models", "engines", "numerics"},
+    {"store", "artifact", "history", "probe", "precision", "models", "engines", "numerics"},
     {"report"},
     {"gate", "review", "audit"},
     {"plugin", "cli", "session", "fixture", "testing"},
@@ -37,7 +37,7 @@ LAYERS = [
 LAYERCAST = {
     f"numerics.layercast.{name}" for name in ("product", "native", "gpu", "weight", "model", "quantizer", "vllm")
 }
-CLI = {"cli.shell", "cli.goldens", "cli.shards", "cli.machine", "cli.verifying"}
+CLI = {"cli.shell", "cli.goldens", "cli.shards", "cli.machine", "cli.fetching", "cli.verifying"}
 HEAVY = {
     "pytest": {"plugin", "testing"},
     "torch": {
