@@ -28,6 +28,7 @@ LAYERS = [
         "golden",
         "provenance",
         "wording",
+        "starter",
     },
     {"store", "artifact", "history", "probe", "precision", "models", "engines", "numerics"},
     {"report"},
@@ -37,7 +38,7 @@ LAYERS = [
 LAYERCAST = {
     f"numerics.layercast.{name}" for name in ("product", "native", "gpu", "weight", "model", "quantizer", "vllm")
 }
-CLI = {"cli.shell", "cli.goldens", "cli.shards", "cli.machine", "cli.fetching", "cli.verifying"}
+CLI = {"cli.shell", "cli.goldens", "cli.shards", "cli.machine", "cli.fetching", "cli.verifying", "cli.starting"}
 HEAVY = {
     "pytest": {"plugin", "testing"},
     "torch": {

@@ -4,7 +4,7 @@ Exit codes: 0 done; 1 something is pending (`pending`), differs (`diff`) or fail
 `verify`); 2 bad usage or input.
 """
 
-from . import fetching, goldens, machine, shards, verifying  # noqa: F401  (importing them registers their commands)
+from . import fetching, goldens, machine, shards, starting, verifying  # noqa: F401  (importing them registers their commands)
 from .shell import app
 
 
