@@ -17,7 +17,7 @@ from ..engines.base import REGISTRY, needs_model
 from ..errors import ConfigError
 from ..models import well_formed
 from ..starter import Recipe
-from ..store import atomic_write
+from ..store import atomic_write, typed
 from ..suite import SUITE_FILE, load
 from .shell import AsJson, app, as_data, reported, say
 
@@ -60,7 +60,7 @@ def init(
     )
     _check(recipe)
     made = _files(recipe, folder)
-    ci = starter.workflow(folder.as_posix(), recipe.numerics, action)
+    ci = starter.workflow(typed(folder), recipe.numerics, action, recipe.engine)
     if workflow is not None:
         made[workflow] = ci
     _write(made)
