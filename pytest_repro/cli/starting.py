@@ -8,6 +8,7 @@ import sys
 import tempfile
 from dataclasses import replace
 from pathlib import Path
+from shlex import quote
 from typing import Annotated
 
 import typer
@@ -64,7 +65,9 @@ def init(
     if workflow is not None:
         made[workflow] = ci
     _write(made)
-    steps = [f"pytest --repro-update {folder}", f"pytest-repro review {folder}", f"pytest --repro-check {folder}"]
+    steps = [
+        f"{c} {quote(str(folder))}" for c in ("pytest --repro-update", "pytest-repro review", "pytest --repro-check")
+    ]
     if as_json:
         as_data({"suite": str(folder), "name": recipe.name, "prompts": len(read), "numerics": list(recipe.numerics),
                  "written": [str(file) for file in made], "next": steps, "workflow": ci})  # fmt: skip
