@@ -30,12 +30,12 @@ def pending(path: Where = Path("golden"), as_json: AsJson = False) -> None:
     if as_json:
         print(json.dumps([review.summary(place) for place in found], indent=1))
     elif not found:
-        console.print(f"nothing is pending under {path}")
+        console.print(Text(inert(f"nothing is pending under {path}")))
     else:
         for place in found:
-            console.print(Text(f"{place.text}  {_line(review.summary(place))}"))
+            console.print(Text(inert(f"{place.text}  {_line(review.summary(place))}")))
         command = "merge" if any(place.shard for place in found) else "review"
-        console.print(Text(f"next  pytest-repro {command} {path}", style="bold"))
+        console.print(Text(inert(f"next  pytest-repro {command} {path}"), style="bold"))
     raise typer.Exit(1 if found else 0)
 
 
@@ -59,13 +59,13 @@ def diff(path: Where = Path("golden"), as_json: AsJson = False) -> None:
     for place in [] if as_json else found:
         _show_change(place)
     if not found and not as_json:
-        console.print(f"nothing is pending under {path}")
+        console.print(Text(inert(f"nothing is pending under {path}")))
     raise typer.Exit(1 if found else 0)
 
 
 def _show_change(place: Place) -> None:
     change = review.changes(place)
-    console.rule(Text(str(place.text)), align="left")
+    console.rule(Text(inert(str(place.text))), align="left")
     for line in change["head"]:
         console.print(Text(inert(line)))
     if change["environment"]:
@@ -100,7 +100,7 @@ def show(
 
 
 def _show_golden(place: Place, golden: Golden, only: str) -> None:
-    console.rule(Text(str(place.text)), align="left")
+    console.rule(Text(inert(str(place.text))), align="left")
     for line in review.describe(golden):
         console.print(Text(inert(line)))
     rows = [i for i, name in enumerate(golden.generation.ids) if only in ("", name)]
@@ -129,7 +129,7 @@ def accept(
             place, by=probe.author(place.folder), reason=reason, commit=review.commit_of(place.folder)
         )
         console.print(
-            Text(f"accepted {place.other.text}  ({golden.review.by if golden.review else ''})", style="green")
+            Text(inert(f"accepted {place.other.text}  ({golden.review.by if golden.review else ''})"), style="green")
         )
 
 
@@ -139,7 +139,7 @@ def reject(path: Where = Path("golden"), every: All = False) -> None:
     """Remove pending goldens; the accepted ones stay as they are."""
     for place in _chosen(path, every, "reject"):
         place.remove()
-        console.print(Text(f"rejected {place.text}"))
+        console.print(Text(inert(f"rejected {place.text}")))
 
 
 def _chosen(path: Path, every: bool, verb: str) -> list[Place]:
@@ -169,7 +169,7 @@ def review_command(path: Where = Path("golden")) -> None:
     """Walk through pending goldens: a accept, r reject, s skip, A/R/S the same for all that are left."""
     found = store.pending(path)
     if not found:
-        console.print(f"nothing is pending under {path}")
+        console.print(Text(inert(f"nothing is pending under {path}")))
         return
     _refuse_parts(found)
     if not sys.stdin.isatty():

@@ -12,6 +12,7 @@ from .. import merging, store
 from ..errors import ConfigError
 from ..report import document, terminal
 from ..result import SuiteResult
+from ..text import inert
 from .shell import app, console, reported
 
 
@@ -28,8 +29,8 @@ def merge(
     """
     if report is None:
         for place, parts in [merged for path in paths for merged in store.merge(path)]:
-            console.print(Text(f"merged {place.text} from {parts} parts", style="green"))
-            console.print(Text(f"next  pytest-repro review {place.folder}", style="bold"))
+            console.print(Text(inert(f"merged {place.text} from {parts} parts"), style="green"))
+            console.print(Text(inert(f"next  pytest-repro review {place.folder}"), style="bold"))
         return
     if report.resolve() in {path.resolve() for path in paths} or report.is_dir():
         raise ConfigError("this is a folder, or one of the reports to merge", where=report, fix="name another file")
@@ -39,7 +40,7 @@ def merge(
         console.rule(Text(terminal.title(suite)), characters="=")
         for line, style in terminal.lines(suite, verbose=verbose):
             console.print(Text(line, style=style))
-    console.print(Text(f"repro: report written to {report}"))
+    console.print(Text(inert(f"repro: report written to {report}")))
     raise typer.Exit(1 if any(suite["verdict"] == "fail" for suite in suites) else 0)
 
 
