@@ -32,7 +32,7 @@ def evil(project: Project) -> Project:
     texts = said()
     project.suite({name: [1, 2] for name in texts}, at="golden/evil", texts=texts)
     config = project.home / "gitconfig"
-    config.write_text(f"[user]\n\tname = "{REVIEWER}"\n\temail = e@example.org\n")
+    config.write_text(f'[user]\n\tname = "{REVIEWER}"\n\temail = e@example.org\n')
     return project.update().accept()
 
 
