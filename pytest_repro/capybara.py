@@ -21,7 +21,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy import optimize, stats
 
 from .errors import ConfigError
 
@@ -283,6 +282,8 @@ def fit(rows: Floats, where: str = "") -> Fitted:
     found, spread = _fitted(rows)
     error, r2 = _held_out(rows)
     middle = np.array(found)
+    from scipy import stats  # here: two seconds that no other command of the shell should wait
+
     quantile = stats.t.ppf(0.5 + CONFIDENCE / 2, len(rows) - len(found))
     low, high = middle - quantile * spread.deviations, middle + quantile * spread.deviations
     return Fitted(_natural(middle), _natural(low), _natural(high), len(rows), spread.residual, error, r2)
@@ -335,6 +336,8 @@ def _fitted(rows: Floats) -> tuple[Floats, _Spread]:
     start = _fitted_form(PUBLISHED)
     rng = np.random.default_rng(0)
     starts = [start, *(start * (1 + 0.2 * rng.standard_normal((_STARTS - 1, len(start)))))]
+    from scipy import optimize
+
     done = [optimize.least_squares(_residuals, x, args=(rows,), x_scale="jac", max_nfev=2000) for x in starts]
     best = min(done, key=lambda r: float(r.cost))
     freedom = len(rows) - len(start)

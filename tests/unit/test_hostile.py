@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from functools import cache
+from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -19,7 +20,7 @@ from markdown_it import MarkdownIt
 from pytest_repro.fingerprint import Change
 from pytest_repro.generation import digest
 from pytest_repro.golden import Review
-from pytest_repro.report import document, github, intoto, junit, markdown, terminal
+from pytest_repro.report import document, github, html, intoto, junit, markdown, terminal
 from pytest_repro.result import Check, PromptResult, SuiteResult, Texts
 from pytest_repro.verdict import Verdict
 from tests.hostile import ACTIVE, TEXTS, commands, file_commands
@@ -188,6 +189,31 @@ def test_an_in_toto_statement_says_what_it_should(text: str) -> None:
         *(c["name"] for c in predicate["configuration"]),
     ):
         plain(name, lines=False)
+
+
+class Elements(HTMLParser):
+    """The elements of a page, with the names of their attributes, and what of those a browser would act on."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.found: set[tuple[str, tuple[str, ...]]] = set()
+        self.acting: set[tuple[str, str | None]] = set()
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.found.add((tag, tuple(sorted(name for name, _ in attrs))))
+        self.acting |= {
+            (n, v) for n, v in attrs if n in ("href", "src", "srcset", "action", "style") or n.startswith("on")
+        }
+
+
+def test_the_page_has_no_element_of_its_making(text: str) -> None:
+    made, wanted = (Elements(html.render(document.of_session(hostile(piece), []))) for piece in (text, HARMLESS))
+    tags = {tag for tag, _ in wanted.found}
+    assert {tag for tag, _ in made.found} <= tags
+    assert {names for _, names in made.found} <= {names for _, names in wanted.found}
+    assert {name for name, _ in made.acting} <= {name for name, _ in wanted.acting}
+    plain(html.render(document.of_session(hostile(text), [])))
 
 
 def test_the_terminal_shows_it_inert(text: str) -> None:
