@@ -1,4 +1,4 @@
-"""vLLM on a CPU: LayerCast beside FP32 (speed, weight memory, outputs), and replay beside decoding (FP32, bf16).
+"""vLLM on a CPU: LayerCast beside FP32 (speed, weight memory, outputs).
 
     python benchmarks/on_vllm.py
 
@@ -14,7 +14,6 @@ import sys
 import tempfile
 import time
 from contextlib import ExitStack, suppress
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +22,13 @@ import psutil
 from _report import publish
 
 from pytest_repro import models, numerics
-from pytest_repro.comparison import compare_decode, compare_replay
+from pytest_repro.comparison import compare_decode
 from pytest_repro.engines.base import Engine, Spec, opener
 from pytest_repro.generation import Generation, Request
 from pytest_repro.suite import load
 
 SUITE = Path(__file__).parents[1] / "golden" / "word-problems"
-NEW_TOKENS = 96
+NEW_TOKENS = 64
 ROUNDS = 3
 
 
@@ -47,10 +46,6 @@ def main() -> None:
         for batch in (1, 8):
             figures[f"batch size {batch}"] = speed(engines, requests[: 4 if batch == 1 else 8], batch)
         figures |= agreement(engines, requests)
-        figures["replay, fp32"] = replayed(engines["fp32"], requests)
-    with ExitStack() as stack:
-        engine, _ = started(stack, Spec(numerics.mode("bf16"), NEW_TOKENS, SUITE, files, say=print))
-        figures["replay, bf16"] = replayed(engine, requests)
     publish("on_vllm", figures)
 
 
@@ -83,34 +78,6 @@ def agreement(engines: dict[str, Engine], requests: list[Request]) -> dict[str, 
 
 def decode(engine: Engine, requests: list[Request]) -> list[Any]:
     return [o for first in range(0, len(requests), 8) for o in engine.generate(requests[first : first + 8])]
-
-
-def replayed(engine: Engine, requests: list[Request]) -> dict[str, Any]:
-    outputs = decode(engine, requests)
-    golden = Generation.of(requests, outputs)
-    watching = [
-        replace(r, reference=o.tokens, reference_runner_up=o.runner_up) for r, o in zip(requests, outputs, strict=True)
-    ]
-    times: dict[str, list[float]] = {"replay": [], "decode, batch size 8": [], "decode, batch size 1": []}
-    for _ in range(ROUNDS):
-        started = time.perf_counter()
-        scores = engine.replay(watching)
-        times["replay"].append(time.perf_counter() - started)
-        started = time.perf_counter()
-        now = Generation.of(watching, decode(engine, watching))
-        times["decode, batch size 8"].append(time.perf_counter() - started)
-    started = time.perf_counter()
-    for request in watching:
-        engine.generate([request])
-    times["decode, batch size 1"].append(time.perf_counter() - started)
-    medians = {name: statistics.median(found) for name, found in times.items()}
-    by_replay, by_decode = compare_replay(golden, scores), compare_decode(golden, now)
-    return {
-        **{f"{name}, s": round(value, 1) for name, value in medians.items()},
-        "decode at batch size 8 / replay": round(medians["decode, batch size 8"] / medians["replay"], 1),
-        "decode at batch size 1 / replay": round(medians["decode, batch size 1"] / medians["replay"], 1),
-        "prompts that differ, by replay and by decode": [int(by_replay.differs.sum()), int(by_decode.differs.sum())],
-    }
 
 
 def started(stack: ExitStack, spec: Spec) -> tuple[Engine, psutil.Process]:

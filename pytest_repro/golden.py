@@ -206,7 +206,7 @@ def _parse(raw: Sequence[bytes], where: str, regenerate: str) -> tuple[dict[str,
     rows = []
     for number, line in enumerate(raw, 1):
         try:
-            row = json.loads(line)
+            row = schemas.parse(line)
         except (ValueError, RecursionError) as exc:
             raise GoldenError(f"not valid JSON: {exc}", where=f"{where}:{number}", fix=regenerate) from None
         if not isinstance(row, dict):

@@ -423,8 +423,8 @@ def load_prompts(file: Path) -> tuple[Prompt, ...]:
 
 def _prompt(where: str, line: str) -> Prompt:
     try:
-        data = json.loads(line)
-    except (json.JSONDecodeError, RecursionError) as exc:
+        data = schemas.parse(line)
+    except (ValueError, RecursionError) as exc:
         raise ConfigError(f"not valid JSON: {exc}", where=where) from None
     error = schemas.first_error(data, "suite", "prompt")
     if error is not None:

@@ -27,6 +27,7 @@ LAYERS = [
         "verdict",
         "result",
         "golden",
+        "capybara",
     },
     {"store", "probe", "precision", "models", "engines", "numerics"},
     {"report"},
@@ -36,7 +37,7 @@ LAYERS = [
 LAYERCAST = {
     f"numerics.layercast.{name}" for name in ("product", "native", "gpu", "weight", "model", "quantizer", "vllm")
 }
-CLI = {"cli.shell", "cli.goldens", "cli.shards", "cli.machine"}
+CLI = {"cli.shell", "cli.goldens", "cli.shards", "cli.machine", "cli.law"}
 HEAVY = {
     "pytest": {"plugin", "testing"},
     "torch": {

@@ -3,7 +3,7 @@
 Exit codes: 0 done; 1 something is pending (`pending`), differs (`diff`) or fails (`merge --report`); 2 bad usage or input.
 """
 
-from . import goldens, machine, shards  # noqa: F401  (importing them registers their commands)
+from . import goldens, law, machine, shards  # noqa: F401  (importing them registers their commands)
 from .shell import app
 
 

@@ -14,7 +14,7 @@ import json
 import os
 import re
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from ..generation import Output, Request, Scores, digest
 from ..numerics import layercast
 from ..precision import Observation
 from ..suite import Prompt
+from . import vllm_answers, vllm_process
 from .base import VLLM_OPTIONS, Engine, Spec, Tick, no_tick
 from .tokenizer import encode, eos, load_tokenizer
 
@@ -41,8 +42,6 @@ EXECUTORS = ("mp", "ray", "uni")
 
 TOP = 20
 """Log-probabilities asked for at each position, vLLM's own most: a golden's token beyond them has an unknown deficit."""
-FEW_CORES = 4
-"""CPUs on which the worker gets every core."""
 CPU_KV_CACHE = 2**30
 """Bytes of KV cache on a CPU, where vLLM would take nearly all memory."""
 
@@ -66,7 +65,7 @@ def open_engine(spec: Spec) -> Iterator[Engine]:
     with tempfile.TemporaryDirectory(prefix="pytest-repro-vllm-") as folder:
         log = Path(folder) / "vllm.log"
         try:
-            os.environ.update(_environment(spec, log))
+            os.environ.update(vllm_process.environment(spec, log))
             engine = _started(spec, log)
             try:
                 yield engine
@@ -75,48 +74,6 @@ def open_engine(spec: Spec) -> Iterator[Engine]:
         finally:
             os.environ.clear()
             os.environ.update(before)
-
-
-def _environment(spec: Spec, log: Path) -> dict[str, str]:
-    """What vLLM's processes must find set, since they read it while they start."""
-    config = log.with_suffix(".json")
-    config.write_text(json.dumps(_log_to(log)), "utf-8")
-    chosen = {
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
-        "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
-        "VLLM_NO_USAGE_STATS": "1",
-        "VLLM_CONFIGURE_LOGGING": "1",
-        "VLLM_LOGGING_CONFIG_PATH": str(config),
-    }
-    if spec.options.get("enforce_eager", True):
-        chosen["TORCH_COMPILE_DISABLE"] = "1"  # helpers of the sampler are compiled otherwise, for half a minute
-    if spec.mode.compute_class == "fp32":
-        chosen |= {"VLLM_FLOAT32_MATMUL_PRECISION": "highest", "TRITON_F32_DEFAULT": "ieee"}
-    return chosen | _all_of_few_cores(spec.options)
-
-
-def _all_of_few_cores(options: Mapping[str, Any]) -> dict[str, str]:
-    """Every core to the worker, on a CPU with few of them. What the user has set stands.
-
-    vLLM keeps one for its scheduler, which only waits while a batch runs: of two cores that is half the machine.
-    """
-    set_already = {"VLLM_CPU_OMP_THREADS_BIND", "VLLM_CPU_NUM_OF_RESERVED_CPU"} & set(os.environ)
-    several = any(options.get(f"{kind}_parallel_size", 1) != 1 for kind in ("tensor", "pipeline", "data"))
-    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
-    if set_already or several or not 1 < len(cores) <= FEW_CORES:
-        return {}
-    return {"VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, cores))}
-
-
-def _log_to(log: Path) -> dict[str, Any]:
-    """A logging configuration: everything into one file, nothing into pytest's output."""
-    return {
-        "version": 1,
-        "disable_existing_loggers": False,
-        "formatters": {"plain": {"format": "%(levelname)s %(message)s"}},
-        "handlers": {"file": {"class": "logging.FileHandler", "filename": str(log), "formatter": "plain"}},
-        "loggers": {"vllm": {"handlers": ["file"], "level": "INFO", "propagate": False}},
-    }
 
 
 def _started(spec: Spec, log: Path) -> VllmEngine:
@@ -135,11 +92,11 @@ def _started(spec: Spec, log: Path) -> VllmEngine:
     except (ConfigError, EngineError):
         raise
     except Exception as exc:
-        cause, mend = _cause(log)
+        cause, mend = vllm_process.cause(log)
         raise EngineError(
             f"vLLM {version} could not start: {cause or f'{type(exc).__name__}: {exc}'}",
             where="engine vllm",
-            fix=mend or _kept(log),
+            fix=mend or vllm_process.kept_log(log),
         ) from exc
 
 
@@ -156,30 +113,6 @@ def _check_version(version: str, say: Callable[[str], None]) -> None:
         )
     if numbers > tested:
         say(f"vLLM {version} is newer than {TESTED}, the version that was tested: pip install 'vllm=={TESTED}.*'")
-
-
-def _kept(log: Path) -> str:
-    """Where the log lies now, out of the folder that is about to go; empty if there is none."""
-    if not log.exists():
-        return ""
-    descriptor, name = tempfile.mkstemp(prefix="pytest-repro-vllm-", suffix=".log")
-    os.write(descriptor, log.read_bytes())
-    os.close(descriptor)
-    return f"its log: {name}"
-
-
-def _cause(log: Path) -> tuple[str, str]:
-    """The first exception that a process of vLLM wrote down, since those after it follow from it; and what mends it.
-
-    The second is said where it is an error of this package's own, raised in a worker.
-    """
-    lines = log.read_text("utf-8", "replace").splitlines() if log.exists() else []
-    for place, line in enumerate(lines):
-        if found := re.match(r"(?:ERROR )?((?:\w+\.)*\w*(?:Error|Exception): .+)", line):
-            after = lines[place + 1] if place + 1 < len(lines) else ""
-            mend = after.partition("mend: ")[2] if after.startswith("  mend: ") else ""
-            return re.sub(r"^pytest_repro\.errors\.\w+: ", "", found[1]), mend
-    return "", ""
 
 
 class VllmEngine:
@@ -239,7 +172,9 @@ class VllmEngine:
                 and (name in said.replace(" ", "_") or (isinstance(value, str) and repr(value) in said))
             ]
             if given:
-                raise ConfigError(f"vLLM refuses it: {_of_validation(said)}", where=f"[engine.{given[0]}]") from exc
+                raise ConfigError(
+                    f"vLLM refuses it: {vllm_process.of_validation(said)}", where=f"[engine.{given[0]}]"
+                ) from exc
             raise
 
     def _arguments(self) -> dict[str, Any]:
@@ -293,10 +228,10 @@ class VllmEngine:
         except (ConfigError, EngineError):
             raise
         except Exception as exc:
-            cause, mend = _cause(self.log)
+            cause, mend = vllm_process.cause(self.log)
             raise EngineError(
-                f"vLLM, {doing}: {cause or f'{type(exc).__name__}: {_first_line(exc)}'}",
-                fix=mend or (_kept(self.log) if cause else ""),
+                f"vLLM, {doing}: {cause or f'{type(exc).__name__}: {vllm_process.first_line(exc)}'}",
+                fix=mend or (vllm_process.kept_log(self.log) if cause else ""),
             ) from exc
 
     def observe(self) -> Observation:
@@ -364,7 +299,10 @@ class VllmEngine:
                 self._prompt(r.tokens.tolist(), self.spec.max_new_tokens, logprobs=TOP if watched else 2) for r in able
             ]
             done = self._run(asked, lambda n: tick(n * self.spec.max_new_tokens))
-        answers = {r.id: self._output(r, answer.outputs[0]) for r, answer in zip(able, done, strict=True)}
+        answers = {
+            r.id: vllm_answers.output(r, answer.outputs[0], self.tokenizer)
+            for r, answer in zip(able, done, strict=True)
+        }
         nothing = np.zeros(0, np.int32)
         return [answers.get(r.id) or Output(r.id, nothing, "", "stop", error=self._refusal(r)) for r in batch]
 
@@ -399,24 +337,6 @@ class VllmEngine:
         by_name = {answer.request_id: answer for answer in found}
         return [by_name[name.partition("-")[0]] for name in names]  # vLLM appends a suffix of its own
 
-    def _output(self, request: Request, answer: Any) -> Output:
-        tokens = np.asarray(answer.token_ids, np.int32)
-        rows = [_best(answer.logprobs, i) for i in range(len(tokens))]
-        chosen = np.array([row.get(int(token), np.nan) for row, token in zip(rows, tokens, strict=True)], np.float32)
-        rivals = [_runner_up(row, int(token)) for row, token in zip(rows, tokens, strict=True)]
-        bad = np.flatnonzero(np.isnan(chosen))
-        return Output(
-            id=request.id,
-            tokens=tokens,
-            text=str(self.tokenizer.decode(tokens.tolist(), skip_special_tokens=True)),
-            finish_reason="stop" if answer.finish_reason == "stop" else "length",
-            logprob=chosen,
-            gap=np.array([max(c - lp, 0.0) for c, (_, lp) in zip(chosen, rivals, strict=True)], np.float32),
-            runner_up=np.array([token for token, _ in rivals], np.int32),
-            reference_logprob=_watched(request, rows),
-            error=_broken(answer.finish_reason, bad),
-        )
-
     def replay(self, requests: Sequence[Request], tick: Tick = no_tick) -> list[Scores]:
         """All requests at once: vLLM forms the batches."""
         return self._replay([list(requests)], tick)
@@ -427,8 +347,8 @@ class VllmEngine:
             able = [r for r in batch if not self._unscorable(r)]
             with self._explained(f"replaying {len(able)} prompts"):
                 done = self._run([self._scored(r) for r in able], _sharing(tick, able))
-            found = {r.id: _score(r, answer.prompt_logprobs) for r, answer in zip(able, done, strict=True)}
-            scores += [found.get(r.id) or _unscored(r, self._unscorable(r)) for r in batch]
+            found = {r.id: vllm_answers.scored(r, answer.prompt_logprobs) for r, answer in zip(able, done, strict=True)}
+            scores += [found.get(r.id) or vllm_answers.unscored(r, self._unscorable(r)) for r in batch]
         return scores
 
     def _unscorable(self, request: Request) -> str:
@@ -492,68 +412,6 @@ class _Bar:
         """Nothing."""
 
 
-def _best(flat: Any, position: int) -> dict[int, float]:
-    """Token id -> log-probability, of those that vLLM gave for a position."""
-    span = slice(flat.start_indices[position], flat.end_indices[position])
-    return dict(zip(flat.token_ids[span], flat.logprobs[span], strict=True))
-
-
-def _runner_up(row: dict[int, float], token: int) -> tuple[int, float]:
-    """The best token beside one, and its log-probability; (-1, NaN) if vLLM gave none."""
-    others = [(lp, -t) for t, lp in row.items() if t != token]
-    if not others:
-        return -1, float("nan")
-    lp, negative = max(others)
-    return -negative, lp
-
-
-def _watched(request: Request, rows: Sequence[dict[int, float]]) -> Any:
-    """The golden's tokens' log-probability at each step; NaN beyond its end, or where it is not among the best."""
-    if request.reference is None:
-        return None
-    tokens = request.reference.tolist()
-    found = [row.get(tokens[i], np.nan) if i < len(tokens) else np.nan for i, row in enumerate(rows)]
-    return np.array(found, np.float32)
-
-
-def _score(request: Request, flat: Any) -> Scores:
-    """Numbers of one replayed prompt from vLLM's prompt log-probabilities."""
-    assert request.reference is not None
-    tokens, start = request.reference.tolist(), len(request.tokens)
-    rivals = request.reference_runner_up.tolist() if request.reference_runner_up is not None else [-1] * len(tokens)
-    rows = [_best(flat, start + i) for i in range(len(tokens))]
-    own = np.array([row.get(token, np.nan) for row, token in zip(rows, tokens, strict=True)], np.float64)
-    top = [_top(row, token) for row, token in zip(rows, tokens, strict=True)]
-    rival = np.array([row.get(r, np.nan) for row, r in zip(rows, rivals, strict=True)], np.float64)
-    bad = np.flatnonzero(np.isnan(own))
-    return Scores(
-        id=request.id,
-        logprob=own.astype(np.float32),
-        deficit=(np.array([lp for _, lp in top]) - own).astype(np.float32),
-        top=np.array([token for token, _ in top], np.int32),
-        gap=(own - rival).astype(np.float32),
-        error=f"NaN in log-probabilities at token {bad[0]}" if len(bad) else "",
-    )
-
-
-def _unscored(request: Request, why: str) -> Scores:
-    count = 0 if request.reference is None else len(request.reference)
-    unknown = np.full(count, np.nan, np.float32)
-    return Scores(request.id, unknown, unknown, np.full(count, -1, np.int32), unknown, error=why)
-
-
-def _broken(finish_reason: str | None, bad: Any) -> str:
-    """Why an answer is none; empty if it is one."""
-    if finish_reason not in ("stop", "length"):
-        return f"vLLM ended the answer: {finish_reason}"
-    return f"NaN in log-probabilities at token {bad[0]}" if len(bad) else ""
-
-
-def _top(row: dict[int, float], golden: int) -> tuple[int, float]:
-    """The best token and its log-probability; among equals the golden's own, since greedy decoding may take any."""
-    return max(row.items(), key=lambda item: (item[1], item[0] == golden))
-
-
 def _generation_config(path: str) -> Any:
     """The model's generation settings, of which only what ends a text is used."""
     from transformers import AutoConfig, GenerationConfig
@@ -570,14 +428,3 @@ def _dtype_of(path: str) -> str:
 
     found = getattr(AutoConfig.from_pretrained(path, trust_remote_code=False).get_text_config(), "dtype", None)
     return "auto" if found is None else str(found).removeprefix("torch.")
-
-
-def _of_validation(said: str) -> str:
-    """What pydantic says is wrong, without its count of errors and its link."""
-    stripped = (line.partition(" [type=")[0].strip() for line in said.splitlines())
-    lines = [line for line in stripped if line and "errors.pydantic.dev" not in line]
-    return " ".join(lines[1:] if "validation error" in lines[0] else lines)
-
-
-def _first_line(exc: BaseException) -> str:
-    return next((line for line in str(exc).splitlines() if line.strip()), type(exc).__name__)

@@ -95,7 +95,7 @@ def read(path: Path) -> list[SuiteResult]:
         ConfigError: it is not a report of this schema, or holds no check.
     """
     try:
-        data = json.loads(path.read_bytes().decode("utf-8"))
+        data = schemas.parse(path.read_bytes().decode("utf-8"))
     except FileNotFoundError:
         raise ConfigError("there is no such report", where=path, fix=_MADE_BY) from None
     except (OSError, ValueError, RecursionError) as exc:

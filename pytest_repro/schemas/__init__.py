@@ -12,6 +12,24 @@ from jsonschema import Draft202012Validator, validators
 from jsonschema.exceptions import ValidationError
 
 
+def parse(text: str | bytes) -> Any:
+    """JSON as it reads: a key that stands twice is an error, since of two values a reader would see the other one.
+
+    Raises:
+        ValueError: not JSON, or a key twice in one object.
+        RecursionError: nested too deep.
+    """
+    return json.loads(text, object_pairs_hook=_each_once)
+
+
+def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        twice = next(key for i, (key, _) in enumerate(pairs) if key in dict(pairs[:i]))
+        raise ValueError(f"the key {twice[:40]!r} stands twice in one object")
+    return found
+
+
 def _finite(_: Any, value: Any) -> bool:
     """A NaN threshold would never be exceeded, an infinite envelope would explain anything."""
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

@@ -18,7 +18,9 @@ from torch.nn.modules import module as hooks
 from transformers import GemmaConfig, GemmaForCausalLM
 
 from pytest_repro.engines.base import Engine, Spec, opener
-from pytest_repro.engines.vllm import VllmEngine, _all_of_few_cores, _cause, _check_version, _score, worst
+from pytest_repro.engines.vllm import VllmEngine, _check_version, worst
+from pytest_repro.engines.vllm_answers import scored
+from pytest_repro.engines.vllm_process import all_of_few_cores, cause
 from pytest_repro.engines.vllm_worker import Observer, _Watch
 from pytest_repro.errors import ConfigError, EngineError
 from pytest_repro.generation import Request
@@ -97,7 +99,7 @@ def test_a_small_cpu_is_the_workers_as_a_whole(
         monkeypatch.delenv(name, raising=False)
     for name, value in set_by_user.items():
         monkeypatch.setenv(name, value)
-    assert _all_of_few_cores(options).get("VLLM_CPU_OMP_THREADS_BIND") == expected
+    assert all_of_few_cores(options).get("VLLM_CPU_OMP_THREADS_BIND") == expected
 
 
 @pytest.mark.parametrize("which", ["fp32_engine", "layercast_engine"])
@@ -279,11 +281,11 @@ def test_the_first_exception_of_a_log_is_the_cause(tmp_path: Path) -> None:
         "INFO starts\nERROR Traceback (most recent call last):\n  File x\ntorch.OutOfMemoryError: 3 GiB\n"
         "RuntimeError: Engine core initialization failed.\n"
     )
-    assert _cause(log) == ("torch.OutOfMemoryError: 3 GiB", "")
+    assert cause(log) == ("torch.OutOfMemoryError: 3 GiB", "")
     log.write_text("ERROR x\npytest_repro.errors.EngineError: layercast would round lm_head\n  mend: round_weights\n")
-    assert _cause(log) == ("layercast would round lm_head", "round_weights")
+    assert cause(log) == ("layercast would round lm_head", "round_weights")
     log.write_text("INFO nothing\n")
-    assert _cause(log) == ("", "") and _cause(tmp_path / "none") == ("", "")
+    assert cause(log) == ("", "") and cause(tmp_path / "none") == ("", "")
 
 
 class Flat:
@@ -298,7 +300,7 @@ class Flat:
 
 def test_scores_from_prompt_logprobs() -> None:
     request = Request("a", np.array([1], np.int32), "x", np.array([5, 6, 7], np.int32), np.array([8, 9, 3], np.int32))
-    scores = _score(request, Flat({}, {5: -0.5, 8: -1.5}, {6: -1.0, 9: -0.75}, {4: -0.25, 7: -0.25}))
+    scores = scored(request, Flat({}, {5: -0.5, 8: -1.5}, {6: -1.0, 9: -0.75}, {4: -0.25, 7: -0.25}))
     np.testing.assert_allclose(scores.logprob, [-0.5, -1.0, -0.25])
     np.testing.assert_allclose(scores.deficit, [0, 0.25, 0])
     assert scores.top.tolist() == [5, 9, 7], "among equals the golden's own"

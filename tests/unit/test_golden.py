@@ -237,11 +237,12 @@ def test_a_newer_schema_names_the_command() -> None:
         (b"<<<<<<< HEAD\n" + TEXT, ":1", "not valid JSON"),
         (TEXT + b"=======\n", ":5", "not valid JSON"),
         (TEXT[:-20], ":4", "not valid JSON"),
+        (TEXT.replace(b'{"', b'{"suite": "another", "', 1), ":1", "stands twice"),
         (TEXT + b"3\n", ":5", "not a JSON object"),
     ],
     ids=[
         "empty", "blank", "words", "binary", "nested", "digits", "list", "object", "lfs-pointer", "conflict-above",
-        "conflict-below", "truncated", "number",
+        "conflict-below", "truncated", "key-twice", "number",
     ],
 )  # fmt: skip
 def test_what_is_no_golden_at_all(text: bytes, place: str, message: str) -> None:

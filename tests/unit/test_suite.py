@@ -269,6 +269,7 @@ BAD_PROMPTS = {
     "empty-file": ("", "", "the suite is empty"),
     "blank-lines": ("\n  \n", "", "the suite is empty"),
     "not-json": (f"{GOOD}\n{{id: 1}}", ":2", "not valid JSON"),
+    "key-twice": (f'{GOOD}\n{{"id": "p02", "prompt": "One", "prompt": "Two"}}', ":2", "'prompt' stands twice"),
     "cut-off": (f'{GOOD}\n\n{{"id": "p02", "prompt": "He', ":3", "not valid JSON"),
     "nested-too-deep": ("[" * 100_000, ":1", "not valid JSON"),
     "not-an-object": ("[1]", ":1", "not allowed here: type object"),
