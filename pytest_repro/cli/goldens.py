@@ -30,7 +30,7 @@ def pending(path: Where = Path("golden"), as_json: AsJson = False) -> None:
     if as_json:
         as_data([review.summary(place) for place in found])
     elif not found:
-        console.print(Text(inert(f"nothing is pending under {path}")))
+        say(f"nothing is pending under {path}")
     else:
         for place in found:
             say(f"{place.text}  {_line(review.summary(place))}")
@@ -59,7 +59,7 @@ def diff(path: Where = Path("golden"), as_json: AsJson = False) -> None:
     for place in [] if as_json else found:
         _show_change(place)
     if not found and not as_json:
-        console.print(Text(inert(f"nothing is pending under {path}")))
+        say(f"nothing is pending under {path}")
     raise typer.Exit(1 if found else 0)
 
 
@@ -221,7 +221,7 @@ def review_command(path: Where = Path("golden")) -> None:
     """Walk through pending goldens: a accept, r reject, s skip, A/R/S the same for all that are left."""
     found = store.pending(path)
     if not found:
-        console.print(Text(inert(f"nothing is pending under {path}")))
+        say(f"nothing is pending under {path}")
         return
     _refuse_parts(found)
     if not sys.stdin.isatty():
