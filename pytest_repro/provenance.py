@@ -1,6 +1,6 @@
 """Whether a golden's history holds: every step reviewed, and no threshold loosened without a reason. Pure.
 
-`history` brings the steps, `audit` asks; here is decided what they show.
+`history` brings the steps, `verification` asks; here is decided what they show.
 """
 
 from __future__ import annotations

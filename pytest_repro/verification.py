@@ -19,7 +19,7 @@ from .suite import Thresholds, defaults_around, defaults_of, load, thresholds_in
 
 
 @dataclass(frozen=True)
-class Audit:
+class Verification:
     """What was looked at, and what does not hold."""
 
     base: Base
@@ -28,7 +28,7 @@ class Audit:
     findings: tuple[Finding, ...]
 
 
-def verify(path: Path, base: str | None, environment: Mapping[str, str]) -> Audit:
+def verify(path: Path, base: str | None, environment: Mapping[str, str]) -> Verification:
     """Hold every golden below a path against its digest, its review, git, and the thresholds that were accepted.
 
     Args:
@@ -56,7 +56,7 @@ def verify(path: Path, base: str | None, environment: Mapping[str, str]) -> Audi
         *_of_pending(history, under),
         *(finding for place in places for finding in _of_thresholds(place, history, since)),
     ]
-    return Audit(since, len(places), len(steps), tuple(dict.fromkeys(findings)))
+    return Verification(since, len(places), len(steps), tuple(dict.fromkeys(findings)))
 
 
 def _of_files(places: list[Place], history: History, under: str) -> Iterator[Finding]:
