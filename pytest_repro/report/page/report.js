@@ -48,6 +48,11 @@
         flips.slice(0, 20).map((i) => `${i} (by ${short(data.deficit[i])})`).join(", ") + (flips.length > 20 ? " …" : ".")
       : data.deficit.some(known) ? "The golden's token is the best one wherever that was seen."
         : "Which token is the best one now was not seen."));
+    if (known(data.at) && data.deficit[data.at] === 0) {
+      place.append(make("p", { class: "small" }, `Decoding parted at token ${data.at}, where the replay drawn here still prefers the golden's token: ` +
+        (known(data.gap[data.at]) && data.gap[data.at] <= data.envelope ? "a near tie, which the two round differently."
+          : "no near tie, so suspect what only decoding has (KV cache, sampler, stop rules).")));
+    }
     if (known(data.at)) {
       place.append(make("h4", {}, "Around the first divergence: probabilities then → now"),
         scrolled("tokens around the first divergence", tokens(data, Math.max(0, start - AROUND), Math.min(count, start + AROUND + 1))));
