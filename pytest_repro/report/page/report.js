@@ -94,8 +94,8 @@
       const said = (here ? " ◀ first divergence" : "") + (flipped(data, i) ? ` ▼ another is best, by ${short(data.deficit[i])}` : "");
       body.append(make("tr", here ? { class: "here" } : {},
         make("th", { scope: "row" }, String(i)),
-        make("td", {}, make("span", { class: "t" }, data.tokens[i]), said, make("span", { class: "p" }, `${p.then} → ${p.now}`)),
-        make("td", {}, make("span", { class: "t" }, data.runner_up[i]), make("span", { class: "p" }, `${p.runnerThen} → ${p.runnerNow}`)),
+        make("td", {}, make("span", { class: "t" }, data.tokens[i]), said, " ", make("span", { class: "p" }, `${p.then} → ${p.now}`)),
+        make("td", {}, make("span", { class: "t" }, data.runner_up[i]), " ", make("span", { class: "p" }, `${p.runnerThen} → ${p.runnerNow}`)),
         make("td", {}, `${short(data.gap[i])} → ${short(data.gap_now[i])}`),
         make("td", { class: "n" }, short(data.dlogp[i]))));
     }
