@@ -48,6 +48,11 @@
         flips.slice(0, 20).map((i) => `${i} (by ${short(data.deficit[i])})`).join(", ") + (flips.length > 20 ? " …" : ".")
       : data.deficit.some(known) ? "The golden's token is the best one wherever that was seen."
         : "Which token is the best one now was not seen."));
+    if (known(data.at) && data.deficit[data.at] === 0) {
+      place.append(make("p", { class: "small" }, `Decoding parted at token ${data.at}, where the replay drawn here still prefers the golden's token: ` +
+        (known(data.gap[data.at]) && data.gap[data.at] <= data.envelope ? "a near tie, which the two round differently."
+          : "no near tie, so suspect what only decoding has (KV cache, sampler, stop rules).")));
+    }
     if (known(data.at)) {
       place.append(make("h4", {}, "Around the first divergence: probabilities then → now"),
         scrolled("tokens around the first divergence", tokens(data, Math.max(0, start - AROUND), Math.min(count, start + AROUND + 1))));
@@ -89,8 +94,8 @@
       const said = (here ? " ◀ first divergence" : "") + (flipped(data, i) ? ` ▼ another is best, by ${short(data.deficit[i])}` : "");
       body.append(make("tr", here ? { class: "here" } : {},
         make("th", { scope: "row" }, String(i)),
-        make("td", {}, make("span", { class: "t" }, data.tokens[i]), said, make("span", { class: "p" }, `${p.then} → ${p.now}`)),
-        make("td", {}, make("span", { class: "t" }, data.runner_up[i]), make("span", { class: "p" }, `${p.runnerThen} → ${p.runnerNow}`)),
+        make("td", {}, make("span", { class: "t" }, data.tokens[i]), said, " ", make("span", { class: "p" }, `${p.then} → ${p.now}`)),
+        make("td", {}, make("span", { class: "t" }, data.runner_up[i]), " ", make("span", { class: "p" }, `${p.runnerThen} → ${p.runnerNow}`)),
         make("td", {}, `${short(data.gap[i])} → ${short(data.gap_now[i])}`),
         make("td", { class: "n" }, short(data.dlogp[i]))));
     }
