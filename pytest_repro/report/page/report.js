@@ -125,11 +125,13 @@
     const high = Math.max(1.4, ...values), low = Math.min(-1.4, ...values);
     const y = (v) => TOP + ((high - bend(v)) / (high - low)) * (HEIGHT - TOP - BOTTOM);
     const ticks = [0, unit, -unit];
-    for (let power = -12; power <= 3; power++) ticks.push(10 ** power, -(10 ** power));
+    for (const first of [1, 5, 2]) {  // powers of ten before what stands between them
+      for (let power = -12; power <= 3; power++) ticks.push(first * 10 ** power, -first * 10 ** power);
+    }
     const shown = [];
     for (const v of ticks) {
       if (bend(v) > high || bend(v) < low || (Math.abs(v) < unit && v !== 0)) continue;
-      if (shown.every((other) => Math.abs(y(other) - y(v)) >= 14)) shown.push(v);
+      if (shown.every((other) => Math.abs(y(other) - y(v)) >= 18)) shown.push(v);
     }
     return { y, ticks: shown };
   }
