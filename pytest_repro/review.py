@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from . import candidate, fingerprint, probe
-from .errors import GoldenError
+from . import audit, candidate, fingerprint, probe
+from .accuracy import paired_test
+from .errors import ConfigError, GoldenError
 from .fingerprint import Fingerprint, Value
 from .golden import Golden
 from .store import Place, a_part
 from .text import inert
+from .verdict import Verdict, failures
+from .wording import word_diff
 
 
 def commit_of(folder: Path) -> str | None:
@@ -64,7 +69,7 @@ def changes(place: Place) -> dict[str, Any]:
         GoldenError: the pending golden cannot be trusted or read.
     """
     if place.shard is not None:
-        return {"path": str(place.text), "head": [a_part(place).what], "environment": [], "prompts": []}
+        return {**_NOTHING, "path": str(place.text), "golden": place.stem, "head": [a_part(place).what]}
     new = place.read()
     try:
         old: Golden | None = place.other.read()
@@ -72,28 +77,89 @@ def changes(place: Place) -> dict[str, Any]:
     except GoldenError as exc:
         old, trouble = None, exc.what
     notes = notes_on(new, old)
-    return {
+    found: dict[str, Any] = {
         "path": str(place.text),
-        "head": [*_compared(old, new, trouble), *describe(new)],
-        "environment": []
-        if old is None
-        else [vars(c) for c in fingerprint.diff(old.fingerprint, new.fingerprint) if c.field != "time"],
+        "golden": place.stem,
+        "replaces": old.digest if old else None,
+        "counts": dict(Counter(note["verdict"] for note in notes.values())),
+        **_thresholds(place, old, new, notes),
+        "accuracy": _accuracy(old, new),
+        "envelope_grew": _envelope(old, new),
+    }
+    environment = fingerprint.diff(old.fingerprint, new.fingerprint) if old else []
+    return {
+        **found,
+        "head": [*_compared(old, new, trouble, found), *describe(new)],
+        "environment": [vars(c) for c in environment if c.field != "time"],
         "prompts": [_prompt(name, old, new, note) for name, note in notes.items() if note["verdict"] != "identical"],
     }
 
 
-def _compared(old: Golden | None, new: Golden, trouble: str) -> list[str]:
+_NOTHING: dict[str, Any] = {
+    "replaces": None, "counts": {}, "beyond_thresholds": [], "thresholds_loosened": [], "accuracy": None,
+    "envelope_grew": [], "environment": [], "prompts": [],
+}  # fmt: skip
+
+
+def _thresholds(place: Place, old: Golden | None, new: Golden, notes: Mapping[str, Any]) -> dict[str, list[str]]:
+    """Which thresholds the change goes beyond, and which were loosened: accepting puts them in force."""
+    try:
+        in_force = audit.in_force(place)
+        loosened = audit.loosened(place, new, old)
+    except ConfigError as exc:
+        return {"beyond_thresholds": [f"the thresholds cannot be read: {exc.what}"], "thresholds_loosened": []}
+    known = {str(verdict): verdict for verdict in Verdict}
+    counts = Counter(known[note["verdict"]] for note in notes.values() if note["verdict"] in known)
+    beyond = [failure.rule for failure in failures(counts, in_force, len(new.generation))]
+    return {"beyond_thresholds": beyond, "thresholds_loosened": loosened}
+
+
+def _accuracy(old: Golden | None, new: Golden) -> dict[str, Any] | None:
+    """Accuracy before and after on the prompts that both answer, with the paired test."""
     if old is None:
-        return [f"it replaces nothing: {trouble}"]
-    lines = []
-    if old.accuracy is not None and new.accuracy is not None:
-        lines.append(f"accuracy {old.accuracy:.1f} % -> {new.accuracy:.1f} %")
-    for name in ("mean_abs_dlogp", "max_deficit"):
-        then, now = getattr(old.noise, name), getattr(new.noise, name)
-        if now > 1.5 * then:
-            lines.append(
-                f"the noise envelope grew: {name} {then:.2g} -> {now:.2g}. A wider envelope explains more: is that meant?"
-            )
+        return None
+    then = old.generation.index()
+    pairs = [
+        (old.scores[then[name]], score)
+        for name, score in zip(new.generation.ids, new.scores, strict=True)
+        if name in then
+    ]
+    scored = [(bool(a), bool(b)) for a, b in pairs if a is not None and b is not None]
+    if not scored:
+        return None
+    test = paired_test([a for a, _ in scored], [b for _, b in scored], alpha=0.05)
+    return {
+        "golden": test.golden, "now": test.now, "lost": test.lost, "gained": test.gained, "p_value": test.p_value, "n": test.n,
+    }  # fmt: skip
+
+
+def _envelope(old: Golden | None, new: Golden) -> list[dict[str, Any]]:
+    """Measures of noise that are larger than they were, by more than they vary."""
+    if old is None:
+        return []
+    measures = [
+        (name, getattr(old.noise, name), getattr(new.noise, name)) for name in ("mean_abs_dlogp", "max_deficit")
+    ]
+    return [{"measure": name, "golden": then, "now": now} for name, then, now in measures if now > 1.5 * then]
+
+
+def _compared(old: Golden | None, new: Golden, trouble: str, found: Mapping[str, Any]) -> list[str]:
+    lines = [f"THRESHOLDS LOOSENED, and accepting puts them in force: {', '.join(found['thresholds_loosened'])}"]
+    lines = lines if found["thresholds_loosened"] else []
+    if old is None:
+        return [f"it replaces nothing: {trouble}", *lines]
+    counts = " · ".join(f"{n} {verdict}" for verdict, n in found["counts"].items())
+    beyond = f"   beyond the thresholds: {'; '.join(found['beyond_thresholds'])}" if found["beyond_thresholds"] else ""
+    lines.append(f"verdict   {counts}{beyond}")
+    if a := found["accuracy"]:
+        lines.append(
+            f"accuracy {a['golden']:.1f} % -> {a['now']:.1f} %   {a['lost']} lost, {a['gained']} gained, p = {a['p_value']:.2g}"
+        )
+    for grown in found["envelope_grew"]:
+        lines.append(
+            f"the noise envelope grew: {grown['measure']} {grown['golden']:.2g} -> {grown['now']:.2g}. "
+            "A wider envelope explains more: is that meant?"
+        )
     if (new.candidate or {}).get("against") != old.digest:
         lines.append("it was recorded against another golden than the one that lies here now")
     return lines
@@ -105,11 +171,13 @@ def _prompt(name: str, old: Golden | None, new: Golden, note: dict[str, Any]) ->
         deficit = "unknown" if note["deficit"] is None else f"{note['deficit']:.3g}"
         gap = "" if note["golden_gap"] is None else f", golden's gap {note['golden_gap']:.3g}"
         numbers = f"  diverges at token {note['divergence_index']}: deficit {deficit}{gap}"
+    then, now = _text(old, name), _text(new, name)
     return {
         **note,
         "line": f"{note['verdict']:<10} {name}{numbers}",
-        "golden": _text(old, name),
-        "now": _text(new, name),
+        "golden": then,
+        "now": now,
+        "words": word_diff(then, now) if then is not None and now is not None else [],
     }
 
 
@@ -135,9 +203,37 @@ def describe(golden: Golden) -> list[str]:
     if golden.review:
         r = golden.review
         lines.append(f"accepted  by {r.by}, {r.when}: {r.reason}")
+        if r.thresholds and r.thresholds.when != r.when:
+            t = r.thresholds
+            lines.append(f"thresholds by {t.by}, {t.when}: {t.reason}")
     else:
         lines.append("accepted  by nobody yet")
     return lines
+
+
+def whole(golden: Golden, path: Path, only: str = "") -> dict[str, Any]:
+    """A golden as data for scripts; `only` names one prompt."""
+    g = golden.generation
+    rows = [i for i, name in enumerate(g.ids) if only in ("", name)]
+    return {
+        "path": str(path),
+        "golden": golden.stem,
+        **{name: getattr(golden, name) for name in ("suite", "model", "numerics", "digest", "accuracy")},
+        "generation": {"max_new_tokens": golden.max_new_tokens, "batch_size": golden.batch_size},
+        "fingerprint": dict(golden.fingerprint),
+        "noise": golden.noise.to_json(),
+        "review": golden.review.to_json() if golden.review else None,
+        "prompts": [
+            {
+                "id": g.ids[i],
+                "text": g.texts[i],
+                "tokens": g.tokens[g.span(i)].tolist(),
+                "finish_reason": g.finish_reasons[i],
+                "score": golden.scores[i],
+            }
+            for i in rows
+        ],
+    }
 
 
 def environment() -> Fingerprint:

@@ -10,7 +10,6 @@ import json
 import os
 import sys
 import tempfile
-import tomllib
 from collections.abc import Callable, Iterator, MutableMapping
 from contextlib import contextmanager, suppress
 from dataclasses import replace
@@ -27,7 +26,7 @@ from .generation import digest
 from .report import document
 from .report.progress import Display
 from .store import STEM, atomic_write, typed
-from .suite import Overrides, Suite, check_defaults, load, parse_engine_option, parse_shard, parse_threshold
+from .suite import Overrides, Suite, defaults_of, load, parse_engine_option, parse_shard, parse_threshold
 
 
 class Session:
@@ -64,15 +63,7 @@ class Session:
     def defaults(self) -> dict[str, Any]:
         """The table `[tool.pytest-repro]` of pyproject.toml."""
         file = self.config.rootpath / "pyproject.toml"
-        try:
-            tool = tomllib.loads(file.read_text("utf-8")).get("tool", {})
-        except FileNotFoundError:
-            return {}
-        except tomllib.TOMLDecodeError as exc:
-            raise ConfigError(f"not valid TOML: {exc}", where=file) from None
-        table: dict[str, Any] = tool.get("pytest-repro", {})
-        check_defaults(table, f"{typed(file)} [tool.pytest-repro]")
-        return table
+        return defaults_of(file.read_text("utf-8"), typed(file)) if file.is_file() else {}
 
     def allow_code(self) -> bool:
         """Whether suites may name code."""

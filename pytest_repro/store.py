@@ -11,15 +11,16 @@ from __future__ import annotations
 import os
 import re
 import tempfile
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 from . import candidate, merging
 from . import golden as wire
 from .errors import ConfigError, GoldenError, GoldenMissing
-from .golden import Golden, Review
+from .golden import Agreed, Golden, Review
 from .suite import Shard
 
 GOLDEN, PENDING = ".golden", ".pending"
@@ -137,6 +138,15 @@ class Place:
         self.numbers.unlink(missing_ok=True)
 
 
+def below(root: Path, kind: str = GOLDEN) -> list[Place]:
+    """Every golden (or pending one) under a folder, or the one whose text part it names."""
+    if root.is_file() and root.name.endswith(f"{kind}.jsonl"):
+        return [Place.named(root, kind)]
+    return [
+        place for folder in sorted({p.parent for p in root.rglob(f"*{kind}.jsonl")}) for place in places(folder, kind)
+    ]
+
+
 def places(folder: Path, kind: str = GOLDEN) -> list[Place]:
     """Every golden (or pending one) that lies in one folder, by name."""
     return [Place.named(file, kind) for file in sorted(folder.glob(f"*{kind}.jsonl"))]
@@ -243,38 +253,95 @@ def a_part(place: Place) -> ConfigError:
     )
 
 
-def accept(place: Place, *, by: str, reason: str, commit: str | None) -> Golden:
+@dataclass(frozen=True)
+class Reviewer:
+    """Who accepts, why, and with what in view."""
+
+    by: str
+    reason: str
+    """In words; must not be empty."""
+    commit: str | None = None
+    """The commit that is checked out."""
+    limits: Mapping[str, Any] | None = None
+    """The thresholds in force for the golden's class; None where they are not known."""
+
+    def agreed(self, when: str) -> Agreed | None:
+        """The thresholds under this reviewer's name."""
+        return None if self.limits is None else Agreed(self.limits, self.by, when, self.reason)
+
+
+@dataclass(frozen=True)
+class Committed:
+    """The golden that git has at HEAD in a place, if any: what a review's `previous` must name."""
+
+    digest: str | None
+    """None where HEAD has none."""
+
+
+def accept(place: Place, who: Reviewer, head: Committed | None = None) -> Golden:
     """Make a pending golden the golden, under a review.
 
     Args:
         place: of the pending golden.
-        by: who accepts it.
-        reason: why, in words; must not be empty.
-        commit: the commit that is checked out.
+        who: accepts it.
+        head: what git has in its place, since a golden that was accepted and never committed is no part of history;
+            None outside of git.
 
     Raises:
         ConfigError: no reason, or only a part.
         GoldenError: the pending golden cannot be trusted or read.
     """
-    if not reason.strip():
+    if not who.reason.strip():
         raise ConfigError("accepting a golden needs a reason", fix='pytest-repro accept --all --reason "..."')
     if place.shard is not None:
         raise a_part(place)
     pending_golden = place.read()
-    try:
-        standing = place.other.read()
-        previous: str | None = standing.digest
-        if standing.digest == pending_golden.digest and standing.review:
-            previous = standing.review.previous  # an accept that was interrupted is being repeated
-    except GoldenMissing:
-        previous = None
-    except GoldenError as exc:
-        previous = None
-        reason = f"{reason} (it replaces a golden that could not be read: {exc.what})"
+    previous, remark = _replaced(place, pending_golden.digest)
+    if head is not None and not remark:
+        previous = head.digest if head.digest != pending_golden.digest else previous
+    when = datetime.now(UTC).isoformat(timespec="seconds")
+    reason = f"{who.reason}{remark}"
     review = Review(
-        by=by, when=datetime.now(UTC).isoformat(timespec="seconds"), reason=reason, previous=previous, commit=commit
+        by=who.by, when=when, reason=reason, previous=previous, commit=who.commit, thresholds=who.agreed(when)
     )
     result = wire.accepted(pending_golden, review)
     place.other.write(result)
     place.remove()
+    return result
+
+
+def _replaced(place: Place, accepted: str) -> tuple[str | None, str]:
+    """Digest of the golden that stands where a pending one goes, and what a review must say of it."""
+    try:
+        standing = place.other.read()
+    except GoldenMissing:
+        return None, ""
+    except GoldenError as exc:
+        return None, f" (it replaces a golden that could not be read: {exc.what})"
+    if standing.digest == accepted and standing.review:  # an accept that was interrupted is being repeated
+        return standing.review.previous, ""
+    return standing.digest, ""
+
+
+def agree(place: Place, who: Reviewer) -> Golden:
+    """Put the present thresholds under the review of an accepted golden; what it accepted stays as it was.
+
+    Raises:
+        ConfigError: no reason, or no thresholds are known.
+        GoldenError: the golden cannot be trusted or read, or nobody accepted it.
+    """
+    if not who.reason.strip():
+        raise ConfigError("thresholds need a reason", fix='pytest-repro accept PATH --thresholds --reason "..."')
+    standing = place.read()
+    if standing.review is None:
+        raise GoldenError(
+            "nobody accepted this golden: its thresholds cannot be sealed",
+            where=typed(place.text),
+            fix=f"pytest --repro-update {typed(place.folder)}, then pytest-repro review",
+        )
+    agreed = who.agreed(datetime.now(UTC).isoformat(timespec="seconds"))
+    if agreed is None:
+        raise ConfigError("no thresholds are known for this golden", where=typed(place.folder))
+    result = wire.accepted(standing, replace(standing.review, thresholds=agreed))
+    place.write(result)
     return result

@@ -217,6 +217,58 @@ def check_defaults(table: Mapping[str, Any], where: str) -> None:
             raise ConfigError(schemas.describe(error), where=f"{where} {name}".strip())
 
 
+def defaults_of(text: str, where: str) -> dict[str, Any]:
+    """The table `[tool.pytest-repro]` in the text of a pyproject.toml.
+
+    Raises:
+        ConfigError: not TOML, or a key that may not be there.
+    """
+    try:
+        table: dict[str, Any] = tomllib.loads(text).get("tool", {}).get("pytest-repro", {})
+    except tomllib.TOMLDecodeError as exc:
+        raise ConfigError(f"not valid TOML: {exc}", where=where) from None
+    check_defaults(table, f"{where} [tool.pytest-repro]")
+    return table
+
+
+def defaults_around(folder: Path) -> tuple[Path, dict[str, Any]]:
+    """The nearest pyproject.toml around a folder, and what it has for this package; a file that is not there and {}.
+
+    Raises:
+        ConfigError: it cannot be read.
+    """
+    files = [above / "pyproject.toml" for above in (folder.resolve(), *folder.resolve().parents)]
+    found = next((file for file in files if file.is_file()), files[0])
+    return found, defaults_of(_read(found), str(found)) if found.is_file() else {}
+
+
+def thresholds_in(text: str | None, defaults: Mapping[str, Any], where: str) -> dict[str, Thresholds]:
+    """The thresholds of a suite.toml's text, over defaults; without a suite.toml, as a test's own golden is, theirs.
+
+    Raises:
+        ConfigError: not TOML, or a threshold that there is not.
+    """
+    try:
+        table = tomllib.loads(text) if text is not None else {}
+    except tomllib.TOMLDecodeError as exc:
+        raise ConfigError(f"not valid TOML: {exc}", where=where) from None
+    named = merge(defaults, table).get("thresholds", {})
+    if error := schemas.first_error({"thresholds": named}, "suite", "thresholds_by_class"):
+        name = ".".join(map(str, error.absolute_path))
+        raise ConfigError(schemas.describe(error), where=f"{where}{_line_of(text or '', name.split('.'))} [{name}]")
+    return thresholds_by_class(named)
+
+
+def thresholds_in_force(folder: Path) -> dict[str, Thresholds]:
+    """By compute class, as a check of the suite in this folder reads them.
+
+    Raises:
+        ConfigError: suite.toml or pyproject.toml cannot be read.
+    """
+    file = folder / SUITE_FILE
+    return thresholds_in(_read(file) if file.exists() else None, defaults_around(folder)[1], str(file))
+
+
 def merge(weak: Mapping[str, Any], strong: Mapping[str, Any]) -> dict[str, Any]:
     """Two tables of tables; the strong one wins, key by key."""
     out = dict(weak)
@@ -353,9 +405,7 @@ def _build(file: Path, text: str, table: Mapping[str, Any]) -> Suite:
 
 def from_table(table: Mapping[str, Any], *, folder: Path, prompts: tuple[Prompt, ...]) -> Suite:
     """A suite from a validated table of suite.toml's shape and its prompts."""
-    head, thresholds = table["suite"], table.get("thresholds", {})
-    base = {k: v for k, v in thresholds.items() if not isinstance(v, Mapping)}
-    per_class = {k: v for k, v in thresholds.items() if isinstance(v, Mapping)}
+    head = table["suite"]
     return Suite(
         name=head["name"],
         folder=folder,
@@ -366,11 +416,20 @@ def from_table(table: Mapping[str, Any], *, folder: Path, prompts: tuple[Prompt,
         scorer=head.get("scorer", "last-number"),
         pattern=head.get("pattern", ""),
         numerics=tuple(table.get("run", {}).get("numerics", ("native",))),
-        thresholds={
-            cls: Thresholds(**_checked_thresholds({**base, **per_class.get(cls, {})})) for cls in ("", *per_class)
-        },
+        thresholds=thresholds_by_class(table.get("thresholds", {})),
         **table.get("generation", {}),
     )
+
+
+def thresholds_by_class(table: Mapping[str, Any]) -> dict[str, Thresholds]:
+    """The table `[thresholds]` as `Suite.thresholds` holds it.
+
+    Raises:
+        ConfigError: no such threshold, or a value it cannot have.
+    """
+    base = {k: v for k, v in table.items() if not isinstance(v, Mapping)}
+    per_class = {k: v for k, v in table.items() if isinstance(v, Mapping)}
+    return {cls: Thresholds(**_checked_thresholds({**base, **per_class.get(cls, {})})) for cls in ("", *per_class)}
 
 
 def _engine_tables(own: str, table: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
@@ -407,7 +466,7 @@ def load_prompts(file: Path) -> tuple[Prompt, ...]:
     for number, line in enumerate(_read(file).split("\n"), 1):  # not splitlines: U+2028 may stand in a string
         if not line.strip():
             continue
-        prompt = _prompt(f"{file}:{number}", line)
+        prompt = parse_prompt(line, where=f"{file}:{number}")
         if prompt.id in seen:
             raise ConfigError(
                 f"duplicate id {prompt.id!r}, first used on line {seen[prompt.id]}", where=f"{file}:{number}"
@@ -421,7 +480,12 @@ def load_prompts(file: Path) -> tuple[Prompt, ...]:
     return tuple(prompts)
 
 
-def _prompt(where: str, line: str) -> Prompt:
+def parse_prompt(line: str, *, where: str) -> Prompt:
+    """One line of a file of prompts.
+
+    Raises:
+        ConfigError: not JSON, or a missing or unknown field.
+    """
     try:
         data = schemas.parse(line)
     except (ValueError, RecursionError) as exc:

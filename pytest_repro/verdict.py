@@ -122,6 +122,35 @@ def allowed(limit: int | float, prompts: int) -> float:
     return limit if isinstance(limit, int) else round(limit * prompts, 9)  # 0.29 of 100 is 29, not 28.999...
 
 
+_WAIVERS: tuple[Waiver, ...] = ("none", "explained", "all")
+
+
+def loosened(then: Thresholds, now: Thresholds, prompts: int) -> list[str]:
+    """What lets more pass now than then: `max_divergent 0 -> 2`, one a threshold.
+
+    Args:
+        then: what was in force.
+        now: what is.
+        prompts: how many the suite has: a count and a share are compared by what they allow.
+    """
+    low, high = (now.length_ratio[0] < then.length_ratio[0], now.length_ratio[1] > then.length_ratio[1])
+    looser = {
+        "max_divergent": allowed(now.max_divergent, prompts) > allowed(then.max_divergent, prompts),
+        "max_unexplained": allowed(now.max_unexplained, prompts) > allowed(then.max_unexplained, prompts),
+        "accuracy_drop": now.accuracy_drop > then.accuracy_drop,
+        "alpha": now.alpha < then.alpha,  # a drop fails where its p-value is no larger than alpha
+        "length_ratio": low or high,
+        "fp32_waiver": _WAIVERS.index(now.fp32_waiver) > _WAIVERS.index(then.fp32_waiver),
+    }
+    return [
+        f"{name} {_toml(getattr(then, name))} -> {_toml(getattr(now, name))}" for name, is_so in looser.items() if is_so
+    ]
+
+
+def _toml(value: object) -> str:
+    return str(list(value)) if isinstance(value, tuple) else str(value)
+
+
 @dataclass(frozen=True)
 class Failure:
     """One reason why a suite fails, and the verdicts that carry it."""

@@ -28,16 +28,29 @@ LAYERS = [
         "result",
         "golden",
         "capybara",
+        "provenance",
+        "wording",
+        "starter",
     },
-    {"store", "probe", "precision", "models", "engines", "numerics"},
+    {"store", "artifact", "history", "probe", "precision", "models", "engines", "numerics"},
     {"report"},
-    {"gate", "review"},
+    {"gate", "review", "audit"},
     {"plugin", "cli", "session", "fixture", "testing"},
 ]
 LAYERCAST = {
     f"numerics.layercast.{name}" for name in ("product", "native", "gpu", "weight", "model", "quantizer", "vllm")
 }
-CLI = {"cli.shell", "cli.goldens", "cli.shards", "cli.machine", "cli.law", "cli.surfaces"}
+CLI = {
+    "cli.shell",
+    "cli.goldens",
+    "cli.shards",
+    "cli.machine",
+    "cli.fetching",
+    "cli.verifying",
+    "cli.starting",
+    "cli.law",
+    "cli.surfaces",
+}
 HEAVY = {
     "pytest": {"plugin", "testing"},
     "torch": {
@@ -66,7 +79,7 @@ HEAVY = {
     "rich": CLI,
     "jinja2": {"report.html"},
     "markupsafe": {"report.html"},
-    "git": {"probe"},
+    "git": {"probe", "history"},
     "pynvml": {"probe"},
 }
 AT_THE_TOP = {

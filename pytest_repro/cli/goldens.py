@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -11,12 +10,13 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from .. import probe, review, store
+from .. import audit, probe, review, store
 from ..errors import ConfigError
 from ..golden import Golden
-from ..store import Place
+from ..store import Place, Reviewer
 from ..text import inert
-from .shell import AsJson, Where, app, console, reported
+from ..wording import Piece, marked
+from .shell import AsJson, Where, app, as_data, console, reported, say
 
 Reason = Annotated[str, typer.Option("--reason", "-r", help="Why the new golden is right; kept in it.")]
 All = Annotated[bool, typer.Option("--all", help="Every pending golden below PATH.")]
@@ -28,14 +28,14 @@ def pending(path: Where = Path("golden"), as_json: AsJson = False) -> None:
     """List goldens that wait for review; exit 1 if there are any."""
     found = store.pending(path)
     if as_json:
-        print(json.dumps([review.summary(place) for place in found], indent=1))
+        as_data([review.summary(place) for place in found])
     elif not found:
-        console.print(Text(inert(f"nothing is pending under {path}")))
+        say(f"nothing is pending under {path}")
     else:
         for place in found:
-            console.print(Text(inert(f"{place.text}  {_line(review.summary(place))}")))
+            say(f"{place.text}  {_line(review.summary(place))}")
         command = "merge" if any(place.shard for place in found) else "review"
-        console.print(Text(inert(f"next  pytest-repro {command} {path}"), style="bold"))
+        say(f"next  pytest-repro {command} {path}", "bold")
     raise typer.Exit(1 if found else 0)
 
 
@@ -55,11 +55,11 @@ def diff(path: Where = Path("golden"), as_json: AsJson = False) -> None:
     """Show what every pending golden would change; exit 1 if there is any."""
     found = store.pending(path)
     if as_json:
-        print(json.dumps([review.changes(place) for place in found], indent=1))
+        as_data([review.changes(place) for place in found])
     for place in [] if as_json else found:
         _show_change(place)
     if not found and not as_json:
-        console.print(Text(inert(f"nothing is pending under {path}")))
+        say(f"nothing is pending under {path}")
     raise typer.Exit(1 if found else 0)
 
 
@@ -67,7 +67,7 @@ def _show_change(place: Place) -> None:
     change = review.changes(place)
     console.rule(Text(inert(str(place.text))), align="left")
     for line in change["head"]:
-        console.print(Text(inert(line)))
+        say(line, "red" if line.startswith(("THRESHOLDS", "the noise envelope grew")) else "")
     if change["environment"]:
         table = Table(
             "field", "golden", "candidate", title="environment, suspects first", title_justify="left", box=None
@@ -77,26 +77,44 @@ def _show_change(place: Place) -> None:
         console.print(table)
     for prompt in change["prompts"]:
         style = "red" if prompt["verdict"] in ("drift", "removed") else "yellow"
-        console.print(Text(inert(prompt["line"]), style=style))
+        say(prompt["line"], style)
+        if prompt["words"]:
+            console.print(_words(prompt["words"]))
         for name in ("golden", "now"):
             if prompt[name] is not None:
                 console.print(Text(f"    {name:<7} {inert(prompt[name])}"))
 
 
+def _words(pieces: list[Piece]) -> Text:
+    """Around the first difference; marked as well as coloured, for a log has no colours."""
+    line = Text("    change  ")
+    for piece in pieces:
+        line.append(inert(marked([piece])), style={"golden": "red", "now": "green"}.get(piece[0], ""))
+    return line
+
+
 @app.command()
 @reported
 def show(
-    path: Where = Path("golden"), prompt: Annotated[str, typer.Option("--prompt", help="Only this prompt.")] = ""
+    path: Where = Path("golden"),
+    prompt: Annotated[str, typer.Option("--prompt", help="Only this prompt.")] = "",
+    as_json: AsJson = False,
 ) -> None:
     """Show goldens: where they come from, who accepted them, and their texts."""
     if not path.exists():
         raise ConfigError("there is no such folder", where=path, fix="name a suite's folder, e.g. golden/my-suite")
-    folders = sorted({p.parent for p in path.rglob(f"*{store.GOLDEN}.jsonl")} | {path})
-    places = [place for folder in folders for place in store.places(folder)]
+    places = store.below(path)
     if not places:
         raise ConfigError("there is no golden here", where=path, fix=f"pytest --repro-update {path}")
-    for place in places:
-        _show_golden(place, place.read(), prompt)
+    goldens = [(place, place.read()) for place in places]
+    for place, golden in goldens:
+        if prompt and prompt not in golden.generation.ids:
+            raise ConfigError(f"no prompt {prompt!r} in this golden", where=place.text)
+    if as_json:
+        as_data([review.whole(golden, place.text, prompt) for place, golden in goldens])
+        return
+    for place, golden in goldens:
+        _show_golden(place, golden, prompt)
 
 
 def _show_golden(place: Place, golden: Golden, only: str) -> None:
@@ -104,8 +122,6 @@ def _show_golden(place: Place, golden: Golden, only: str) -> None:
     for line in review.describe(golden):
         console.print(Text(inert(line)))
     rows = [i for i, name in enumerate(golden.generation.ids) if only in ("", name)]
-    if not rows:
-        raise ConfigError(f"no prompt {only!r} in this golden", where=place.text)
     for i in rows:
         score = {True: "right", False: "wrong", None: ""}[golden.scores[i]]
         span = golden.generation.span(i)
@@ -120,26 +136,62 @@ def accept(
     path: Where = Path("golden"),
     reason: Reason = "",
     every: All = False,
+    thresholds: Annotated[
+        bool, typer.Option("--thresholds", help="Accept the present thresholds of goldens that stand already.")
+    ] = False,
+    as_json: AsJson = False,
 ) -> None:
-    """Accept pending goldens without a terminal: --all and a reason."""
+    """Accept pending goldens without a terminal: --all and a reason. Or, with --thresholds, what loosened since."""
+    done = _agreed(path, reason) if thresholds else _accepted(path, reason, every)
+    if as_json:
+        as_data([_told(place, golden) for place, golden in done])
+        return
+    for place, golden in done:
+        say(f"accepted {place.text}  ({golden.review.by if golden.review else ''})", "green")
+
+
+def _accepted(path: Path, reason: str, every: bool) -> list[tuple[Place, Golden]]:
     found = _chosen(path, every, "accept")
     _refuse_parts(found)
-    for place in found:
-        golden = store.accept(
-            place, by=probe.author(place.folder), reason=reason, commit=review.commit_of(place.folder)
-        )
-        console.print(
-            Text(inert(f"accepted {place.other.text}  ({golden.review.by if golden.review else ''})"), style="green")
-        )
+    return [(place.other, _accept(place, reason)) for place in found]
+
+
+def _accept(place: Place, reason: str) -> Golden:
+    return store.accept(place, _reviewer(place, reason), audit.head_of(place))
+
+
+def _agreed(path: Path, reason: str) -> list[tuple[Place, Golden]]:
+    found = store.below(path)
+    if not found:
+        raise ConfigError("there is no golden here", where=path, fix=f"pytest --repro-update {path}")
+    return [(place, store.agree(place, _reviewer(place, reason))) for place in found]
+
+
+def _reviewer(place: Place, reason: str) -> Reviewer:
+    return audit.reviewer(place, probe.author(place.folder), reason, review.commit_of(place.folder))
+
+
+def _told(place: Place, golden: Golden) -> dict[str, Any]:
+    return {
+        "path": str(place.text),
+        "golden": golden.stem,
+        "digest": golden.digest,
+        "review": golden.review.to_json() if golden.review else None,
+    }
 
 
 @app.command()
 @reported
-def reject(path: Where = Path("golden"), every: All = False) -> None:
+def reject(path: Where = Path("golden"), every: All = False, as_json: AsJson = False) -> None:
     """Remove pending goldens; the accepted ones stay as they are."""
-    for place in _chosen(path, every, "reject"):
+    found = _chosen(path, every, "reject")
+    for place in found:
         place.remove()
-        console.print(Text(inert(f"rejected {place.text}")))
+    if as_json:
+        as_data([{"path": str(place.text), "golden": place.stem} for place in found])
+        return
+    for place in found:
+        say(f"rejected {place.text}")
 
 
 def _chosen(path: Path, every: bool, verb: str) -> list[Place]:
@@ -169,7 +221,7 @@ def review_command(path: Where = Path("golden")) -> None:
     """Walk through pending goldens: a accept, r reject, s skip, A/R/S the same for all that are left."""
     found = store.pending(path)
     if not found:
-        console.print(Text(inert(f"nothing is pending under {path}")))
+        say(f"nothing is pending under {path}")
         return
     _refuse_parts(found)
     if not sys.stdin.isatty():
@@ -183,8 +235,7 @@ def review_command(path: Where = Path("golden")) -> None:
         _show_change(place)
         answer = answer if answer in ("A", "R", "S") else _ask()
         if answer.lower() == "a":
-            reason = typer.prompt("reason")
-            store.accept(place, by=probe.author(place.folder), reason=reason, commit=review.commit_of(place.folder))
+            _accept(place, typer.prompt("reason"))
         elif answer.lower() == "r":
             place.remove()
         console.print({"a": "accepted", "r": "rejected", "s": "skipped"}[answer.lower()])

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
-
 from rich.table import Table
 from rich.text import Text
 
 from .. import review
 from ..text import inert
-from .shell import AsJson, app, console, reported
+from .shell import AsJson, app, as_data, console, reported
 
 
 @app.command()
@@ -18,7 +16,7 @@ def env(as_json: AsJson = False) -> None:
     """This machine's fingerprint, as far as it is known without a model."""
     facts = review.environment()
     if as_json:
-        print(json.dumps(facts, indent=1))
+        as_data(facts)
         return
     table = Table("field", "class", "value", box=None)
     for name, cls, value in review.classified(facts):

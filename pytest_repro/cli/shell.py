@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
@@ -24,6 +25,16 @@ errors = Console(stderr=True, highlight=False, soft_wrap=True)
 
 Where = Annotated[Path, typer.Argument(help="A suite's folder, or a folder of suites.", show_default=True)]
 AsJson = Annotated[bool, typer.Option("--as-json", help="Print JSON for scripts.")]
+
+
+def as_data(data: Any) -> None:
+    """Print JSON for scripts; what a CI runner reads anywhere in a line is spelt out in it."""
+    print(json.dumps(data, indent=1).replace("##[", "#\\u0023["))
+
+
+def say(line: str, style: str = "") -> None:
+    """A line for a person; nothing of it acts."""
+    console.print(Text(inert(line), style=style))
 
 
 def reported(command: Callable[..., Any]) -> Callable[..., Any]:

@@ -118,7 +118,7 @@ REGISTRY: dict[str, Entry] = {
         "openai_http",
         needs_model=False,
         extra="openai",
-        options=("base_url", "model", "concurrency", "timeout", "retries", "backoff"),
+        options=("base_url", "model", "dialect", "concurrency", "timeout", "retries", "backoff"),
     ),
     "scripted": Entry("scripted", needs_model=False, extra="", options=("script", "fp32", "observed", "jitter")),
 }

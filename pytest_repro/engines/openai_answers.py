@@ -1,12 +1,13 @@
-"""What a server's JSON says, as outputs and scores: everything is looked at before it is believed. Pure.
+"""What servers say of a text, as outputs and scores: everything is looked at before it is believed. Pure.
 
-Token ids come as vLLM gives them with `return_token_ids` and `return_tokens_as_token_ids`.
+The dialects find the parts in their servers' JSON; what a part may be, and how parts fit together, is decided here.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -14,66 +15,62 @@ import numpy as np
 from ..generation import FINISH_REASONS, Output, Request, Scores
 
 Data = Mapping[str, Any]
-_ID = "token_id:"
+Row = dict[int, float]
+"""The best log-probabilities of one step, by token; empty where the server says nothing of it."""
 
 
 class Malformed(ValueError):
     """An answer that does not hold what it must; the message says what is wrong with it."""
 
 
-def output(request: Request, data: Data, max_new_tokens: int) -> Output:
-    """A completion with token ids and the best log-probabilities of each step.
+@dataclass(frozen=True)
+class Steps:
+    """A text that a server generated, token by token."""
+
+    tokens: list[int]
+    rows: list[Row]
+    """Each step's best log-probabilities, the chosen token's among them."""
+    text: str
+    reason: str
+    counted: Any = None
+    """How many tokens the server says it generated; None if it does not."""
+
+
+def output(request: Request, steps: Steps, max_new_tokens: int) -> Output:
+    """A generated text with its numbers, NaN at steps that the server says nothing of.
 
     Raises:
-        Malformed: something is missing, too short, or no number.
+        Malformed: something is missing, or too short.
     """
-    choice = _choice(data)
-    if (echoed := choice.get("prompt_token_ids")) is not None and echoed != request.tokens.tolist():
-        raise Malformed("the server answered another prompt: it added tokens, or took some away")
-    tokens, rows = _steps(choice)
-    reason = _finish_reason(choice)
-    _check_whole(len(tokens), reason, data.get("usage"), max_new_tokens)
-    chosen = [row[token] for token, row in zip(tokens, rows, strict=True)]
-    second = [_runner_up(token, row) for token, row in zip(tokens, rows, strict=True)]
+    _check_whole(len(steps.tokens), steps.reason, steps.counted, max_new_tokens)
+    own = [row.get(token, math.nan) for token, row in zip(steps.tokens, steps.rows, strict=True)]
+    second = [_runner_up(token, row) for token, row in zip(steps.tokens, steps.rows, strict=True)]
+    gaps = [
+        chosen if math.isnan(chosen) else max(0.0, chosen - best) for chosen, (_, best) in zip(own, second, strict=True)
+    ]
     return Output(
         id=request.id,
-        tokens=np.asarray(tokens, np.int32),
-        text=_text(choice),
-        finish_reason=reason,
-        logprob=np.asarray(chosen, np.float32),
-        gap=np.asarray([max(0.0, own - best) for own, (_, best) in zip(chosen, second, strict=True)], np.float32),
+        tokens=np.asarray(steps.tokens, np.int32),
+        text=steps.text,
+        finish_reason=steps.reason,
+        logprob=np.asarray(own, np.float32),
+        gap=np.asarray(gaps, np.float32),
         runner_up=np.asarray([token for token, _ in second], np.int32),
-        reference_logprob=_watched(request, rows),
+        reference_logprob=_watched(request, steps.rows),
     )
 
 
-def text_output(request: Request, data: Data) -> Output:
-    """An answer of which only the text is known: its UTF-8 bytes as tokens, and no numbers.
+def scores(request: Request, rows: Sequence[Row]) -> Scores:
+    """The golden's tokens in the log-probabilities of prompt and golden.
+
+    Args:
+        request: with the golden's tokens.
+        rows: one for each of the golden's tokens, the token's own among them.
 
     Raises:
-        Malformed: there is no text, or it did not end.
-    """
-    choice = _choice(data)
-    reason = _finish_reason(choice)
-    message = choice.get("message")
-    text = _text({"text": message.get("content")} if isinstance(message, dict) else choice)
-    if not text and reason != "stop":
-        raise Malformed("the server answered with an empty text, and did not end it")
-    tokens = np.frombuffer(text.encode("utf-8", "replace"), np.uint8).astype(np.int32)
-    unknown = np.full(len(tokens), np.nan, np.float32)
-    return Output(
-        request.id, tokens, text, reason, logprob=unknown, gap=unknown, runner_up=np.full(len(tokens), -1, np.int32)
-    )
-
-
-def scores(request: Request, data: Data) -> Scores:
-    """The golden's tokens in the `prompt_logprobs` of prompt and golden.
-
-    Raises:
-        Malformed: as `output`.
+        Malformed: a token's own log-probability is missing.
     """
     assert request.reference is not None, "replay needs the golden's tokens"
-    rows = prompt_rows(data, len(request.tokens) + len(request.reference))[len(request.tokens) :]
     wanted = request.reference.tolist()
     for place, (token, row) in enumerate(zip(wanted, rows, strict=True)):
         if token not in row:
@@ -93,112 +90,48 @@ def scores(request: Request, data: Data) -> Scores:
     )
 
 
-def prompt_rows(data: Data, length: int) -> list[dict[int, float]]:
-    """Each prompt token's best log-probabilities, its own among them; the first has none.
+def token_ids(value: Any) -> list[int]:
+    """What a server's tokenizer made of a prompt.
 
     Raises:
-        Malformed: none, or not of this length.
+        Malformed: no ids.
     """
-    listed = _choice(data).get("prompt_logprobs")
-    if not isinstance(listed, list) or len(listed) != length:
-        found = len(listed) if isinstance(listed, list) else "no"
-        raise Malformed(f"the server gave {found} prompt_logprobs for {length} tokens")
-    tables = [_dict(row) for row in listed[1:]]
-    return [{}, *(_row({token: _dict(cell).get("logprob") for token, cell in table.items()}) for table in tables)]
-
-
-def decoded(data: Data) -> dict[int, str]:
-    """Token id -> text, as far as `prompt_logprobs` tells."""
-    rows = [row for row in _choice(data).get("prompt_logprobs") or [] if isinstance(row, dict)]
-    pairs = [(key, cell.get("decoded_token")) for row in rows for key, cell in row.items() if isinstance(cell, dict)]
-    return {_token(key): text for key, text in pairs if isinstance(text, str)}
-
-
-def step_rows(data: Data) -> list[list[float]]:
-    """Each step's best log-probabilities, in no order; for `outside.grid`.
-
-    Raises:
-        Malformed: as `output`.
-    """
-    return [list(row.values()) for row in _steps(_choice(data))[1]]
-
-
-def _choice(data: Data) -> dict[str, Any]:
-    choices = data.get("choices")
-    if not isinstance(choices, list) or len(choices) != 1 or not isinstance(choices[0], dict):
-        raise Malformed("the server's answer has no choice, or several")
-    return choices[0]
-
-
-def _steps(choice: dict[str, Any]) -> tuple[list[int], list[dict[int, float]]]:
-    """(chosen tokens, each step's log-probabilities by token, the chosen one's among them)."""
-    logprobs = choice.get("logprobs")
-    if not isinstance(logprobs, dict):
-        raise Malformed("the server gave no log-probabilities")
-    named = logprobs.get("tokens")
-    given = named if choice.get("token_ids") is None else choice["token_ids"]
-    tops, own = logprobs.get("top_logprobs"), logprobs.get("token_logprobs")
-    if not isinstance(given, list) or not isinstance(tops, list) or not isinstance(own, list):
-        raise Malformed("the server's log-probabilities lack tokens, token_logprobs or top_logprobs")
-    if not len(given) == len(tops) == len(own):
-        raise Malformed(f"{len(given)} tokens, but log-probabilities of {len(own)} and the best of {len(tops)}")
-    tokens = [_token(value) for value in given]
-    rows = [_row(_dict(top)) for top in tops]
-    for place, (token, row, value) in enumerate(zip(tokens, rows, own, strict=True)):
-        row[token] = _number(value, f"the log-probability of token {place}")
-    return tokens, rows
-
-
-def _check_whole(count: int, reason: str, usage: Any, max_new_tokens: int) -> None:
-    counted = usage.get("completion_tokens") if isinstance(usage, dict) else None
-    if isinstance(counted, int) and counted != count:
-        raise Malformed(f"the text was cut short: {count} tokens of the {counted} that the server counted")
-    if not count or count > max_new_tokens or (reason == "length" and count < max_new_tokens):
-        raise Malformed(f"{count} tokens where {max_new_tokens} were asked for, and finish_reason is {reason!r}")
-
-
-def _runner_up(token: int, row: dict[int, float]) -> tuple[int, float]:
-    """(best token beside the chosen one, its log-probability); the lowest id of equals."""
-    others = [(-value, other) for other, value in row.items() if other != token]
-    if not others:
-        raise Malformed("the server gave the chosen token's log-probability alone, without a runner-up")
-    value, other = min(others)
-    return other, -value
-
-
-def _watched(request: Request, rows: list[dict[int, float]]) -> Any:
-    """Log-probability of the golden's token at each step, NaN where it is not among the best."""
-    if request.reference is None:
-        return None
-    found = np.full(len(rows), np.nan, np.float32)
-    for place, (token, row) in enumerate(zip(request.reference.tolist(), rows, strict=False)):
-        found[place] = row.get(token, math.nan)
-    return found
-
-
-def _row(cells: dict[str, Any]) -> dict[int, float]:
-    if not cells:
-        raise Malformed("the server gave a step without log-probabilities")
-    return {_token(key): _number(value, "a log-probability") for key, value in cells.items()}
-
-
-def _dict(value: Any) -> dict[str, Any]:
-    if not isinstance(value, dict):
-        raise Malformed("the server's log-probabilities of a step are no table")
+    if not isinstance(value, list) or not value or not all(type(t) is int and 0 <= t < 2**31 for t in value):
+        raise Malformed("the server's tokenizer gave no token ids")
     return value
 
 
-def _token(value: Any) -> int:
-    """7, "7" or "token_id:7"."""
-    text = value.removeprefix(_ID) if isinstance(value, str) else value
-    if isinstance(text, str) and text.isascii() and text.isdigit() and len(text) < 11:
-        text = int(text)
-    if not isinstance(text, int) or isinstance(text, bool) or not 0 <= text < 2**31:
+def row(cells: Iterable[tuple[Any, Any]]) -> Row:
+    """One step's log-probabilities, from pairs of token id and number.
+
+    Raises:
+        Malformed: none, or what is no id or no number.
+    """
+    found = {token(key): number(value, "a log-probability") for key, value in cells}
+    if not found:
+        raise Malformed("the server gave a step without log-probabilities")
+    return found
+
+
+def token(value: Any) -> int:
+    """An id, as a number or in digits.
+
+    Raises:
+        Malformed: it is none.
+    """
+    if isinstance(value, str) and value.isascii() and value.isdigit() and len(value) < 11:
+        value = int(value)
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 2**31:
         raise Malformed("the server names tokens by their text, not by their ids")
-    return text
+    return value
 
 
-def _number(value: Any, what: str) -> float:
+def number(value: Any, what: str) -> float:
+    """A log-probability.
+
+    Raises:
+        Malformed: it is none; a hair above zero is rounding, and zero.
+    """
     if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
         raise Malformed(f"{what} is no number: NaN in logits?")
     if value > 1e-4:
@@ -206,15 +139,87 @@ def _number(value: Any, what: str) -> float:
     return min(0.0, float(value))
 
 
-def _finish_reason(choice: dict[str, Any]) -> str:
-    reason = choice.get("finish_reason")
-    if reason not in FINISH_REASONS:
-        raise Malformed(f"the text was cut short: finish_reason is {str(reason)[:40]!r}")
-    return str(reason)
+def table(value: Any, what: str) -> dict[str, Any]:
+    """A JSON object.
+
+    Raises:
+        Malformed: something else.
+    """
+    if not isinstance(value, dict):
+        raise Malformed(f"{what} is missing, or no table")
+    return value
 
 
-def _text(choice: Mapping[str, Any]) -> str:
-    text = choice.get("text")
-    if not isinstance(text, str):
+def array(value: Any, what: str, length: int | None = None) -> list[Any]:
+    """A JSON array, of a length where one is given.
+
+    Raises:
+        Malformed: something else.
+    """
+    if not isinstance(value, list):
+        raise Malformed(f"{what} is missing, or no list")
+    if length is not None and len(value) != length:
+        raise Malformed(f"{what} holds {len(value)} entries, and {length} are needed")
+    return value
+
+
+def finish_reason(value: Any) -> str:
+    """Why the text ended.
+
+    Raises:
+        Malformed: for a reason that leaves it incomplete, or for none.
+    """
+    if value not in FINISH_REASONS:
+        raise Malformed(f"the text was cut short: finish_reason is {str(value)[:40]!r}")
+    return str(value)
+
+
+def text(value: Any) -> str:
+    """A text.
+
+    Raises:
+        Malformed: there is none.
+    """
+    if not isinstance(value, str):
         raise Malformed("the server's answer has no text")
-    return text
+    return value
+
+
+def choice(data: Data) -> dict[str, Any]:
+    """The one choice of an answer in OpenAI's form.
+
+    Raises:
+        Malformed: none, or several.
+    """
+    choices = data.get("choices")
+    if not isinstance(choices, list) or len(choices) != 1 or not isinstance(choices[0], dict):
+        raise Malformed("the server's answer has no choice, or several")
+    return choices[0]
+
+
+def _check_whole(count: int, reason: str, counted: Any, max_new_tokens: int) -> None:
+    if isinstance(counted, int) and counted != count:
+        raise Malformed(f"the text was cut short: {count} tokens of the {counted} that the server counted")
+    if not count or count > max_new_tokens or (reason == "length" and count < max_new_tokens):
+        raise Malformed(f"{count} tokens where {max_new_tokens} were asked for, and finish_reason is {reason!r}")
+
+
+def _runner_up(chosen: int, row: Row) -> tuple[int, float]:
+    """(best token beside the chosen one, its log-probability); the lowest id of equals."""
+    if not row:
+        return -1, math.nan
+    others = [(-value, other) for other, value in row.items() if other != chosen]
+    if not others:
+        raise Malformed("the server gave the chosen token's log-probability alone, without a runner-up")
+    value, other = min(others)
+    return other, -value
+
+
+def _watched(request: Request, rows: list[Row]) -> Any:
+    """Log-probability of the golden's token at each step, NaN where it is not among the best."""
+    if request.reference is None:
+        return None
+    found = np.full(len(rows), np.nan, np.float32)
+    for place, (wanted, row) in enumerate(zip(request.reference.tolist(), rows, strict=False)):
+        found[place] = row.get(wanted, math.nan)
+    return found

@@ -1,9 +1,9 @@
-"""Any server that speaks OpenAI's HTTP API: vLLM with token ids and log-probabilities, others by their text.
+"""Any server that speaks OpenAI's HTTP API, in the dialect in which it shows most (`dialects`).
 
 What a server can do is asked once, when the engine is opened, and evidence counts for more than names: a server that
-answers token ids with token ids and log-probabilities is checked by them, one that gives `prompt_logprobs` replays, and
-of any other only the text is compared, as `engines.function` does. Prompts are tokenised by the server, so that neither
-the model's files nor torch are needed here. A server's numerics are only claimed; what shows from outside is `observe`d.
+answers token ids with token ids and log-probabilities is checked by them, one that scores given tokens replays, and of
+any other only the text is compared, as `engines.function` does. Prompts are tokenised by the server, so that neither the
+model's files nor torch are needed here. A server's numerics are only claimed; what shows from outside is `observe`d.
 """
 
 from __future__ import annotations
@@ -25,38 +25,18 @@ from ..generation import Output, Request, Scores, digest
 from ..precision import Observation
 from ..suite import Prompt
 from ..text import inert
-from . import journal, openai_answers, openai_client, outside
+from . import dialects, journal, openai_client, outside
 from .base import Engine, Spec, Tick, no_tick
+from .dialects.base import HELLO, About, Dialect
 from .journal import Journal
 from .openai_answers import Malformed
 from .openai_client import Server, Unanswered
 
 MOST_AT_ONCE = 64
 """Requests in flight, unless `concurrency` says otherwise."""
-MOST_LOGPROBS = (20, 5)
-"""Log-probabilities asked for at each token: vLLM's own limit, or OpenAI's."""
-GREEDY = {"temperature": 0, "seed": 0, "n": 1, "stream": False}
-NEUTRAL = {
-    "top_p": 1.0,
-    "frequency_penalty": 0.0,
-    "presence_penalty": 0.0,
-    "repetition_penalty": 1.0,
-    "add_special_tokens": False,
-    "return_token_ids": True,
-    "return_tokens_as_token_ids": True,
-}
-"""vLLM takes what is not said from the model's generation_config.json, penalties too, which greedy decoding has none of."""
 OBSERVED_TOKENS = 24
 ALIKE = 0.1
 """Mean nats by which an answer that is asked for again may differ from the one that an interrupted run left."""
-
-_HELLO = "Name the days of the week."
-_KINDS = {
-    "vllm": ("vllm", "/version", "version"),
-    "sglang": ("sglang", "/get_server_info", "version"),
-    "llamacpp": ("llama.cpp", "/props", "build_info"),
-}
-"""`owned_by` of a listed model -> (server, where its version stands)."""
 
 Answer = TypeVar("Answer", Output, Scores)
 
@@ -68,6 +48,7 @@ class Settings:
     base_url: Any
     send_key: bool
     model: str | None
+    dialect: str
     concurrency: int | None
     timeout: float
     retries: int
@@ -78,28 +59,9 @@ class Settings:
 class Identity:
     """What a server says that it is; it must not change during a run."""
 
-    model: str
     listed: str
     """What it lists of the model, as JSON."""
-    kind: str
-    version: str
-
-
-@dataclass(frozen=True)
-class Abilities:
-    """What a server was seen to do."""
-
-    chat: bool
-    """Whether it renders chat messages."""
-    tokens: bool
-    """Whether it takes and gives token ids, with log-probabilities."""
-    logprobs: int
-    """Log-probabilities that it gives at each token."""
-    replays: bool
-    limit_name: str
-    """How it wants the number of tokens to be called, where only text is known."""
-    answers_as: tuple[str, str]
-    """`model` and `system_fingerprint` of its answers."""
+    about: About
 
 
 @contextmanager
@@ -117,12 +79,14 @@ def open_engine(spec: Spec) -> Iterator[Engine]:
         backoff=settings.backoff,
     )
     try:
-        identity = _identity(server, settings.model)
-        can = _abilities(server, identity.model)
-        _tell(spec, can)
-        question = [str(settings.base_url), vars(identity), vars(can), str(spec.folder), spec.mode.name]
-        left = Journal(question, spec.say)
-        engine = OpenAIEngine(server, identity, can, left, spec, settings)
+        name, card = _card(server, settings.model)
+        dialect = dialects.find(server, name, card, settings.dialect, spec.say)
+        if not dialect.replays and not dialect.text_only:
+            spec.say("this server cannot score given tokens: prompts are decoded, and none can be replayed")
+        identity = Identity(_kept(card), dialect.about())
+        question = [str(settings.base_url), name, dialect.name, dialect.abilities(), dict(dialect.said)]
+        left = Journal([*question, _plain(identity), str(spec.folder), spec.mode.name], spec.say)
+        engine = OpenAIEngine(server, identity, dialect, left, spec, settings)
         complete = False
         try:
             yield engine
@@ -147,12 +111,16 @@ def _settings(spec: Spec) -> Settings:
     model = options.get("model")
     if model is not None and not isinstance(model, str):
         raise ConfigError(f"{model!r} is not a model's name", where=f"{where} model")
+    dialect = options.get("dialect", "auto")
+    if dialect not in dialects.NAMES:
+        raise ConfigError(f"{dialect!r} is none of {', '.join(dialects.NAMES)}", where=f"{where} dialect")
     # A suite is data from a pull request: a key goes where the user said, or stays on this machine.
     users = "base_url" in spec.from_user or text.rstrip("/") == environment.rstrip("/")
     return Settings(
         base_url=url,
         send_key=users or openai_client.is_loopback(url),
         model=model,
+        dialect=dialect,
         concurrency=int(_number(options, "concurrency", 0, whole=True, least=1)) or None,
         timeout=_number(options, "timeout", 600.0, least=0.01),
         retries=int(_number(options, "retries", 5, whole=True, most=100)),
@@ -173,20 +141,8 @@ def _number(
     return float(value)
 
 
-def _tell(spec: Spec, can: Abilities) -> None:
-    if not can.tokens:
-        spec.say(
-            "this server shows no token ids with log-probabilities: only texts are compared, no rounding is judged"
-        )
-    elif not can.replays:
-        spec.say("this server gives no prompt_logprobs: prompts are decoded, and none can be replayed")
-
-
-# --- what the server is ----------------------------------------------------------------------------------------------
-
-
-def _identity(server: Server, wanted: str | None, attempts: int | None = None) -> Identity:
-    """Which model it serves, and what it says of itself.
+def _card(server: Server, wanted: str | None, attempts: int | None = None) -> tuple[str, dict[str, Any]]:
+    """The model's name, and what the server lists of it.
 
     Raises:
         ConfigError: the model is not served, or several are and none was named.
@@ -202,11 +158,7 @@ def _identity(server: Server, wanted: str | None, attempts: int | None = None) -
         raise ConfigError(
             f"the server does not serve {name!r}; it lists {_names(listed)}", where="[engine.openai] model"
         )
-    card = listed.get(name, {})
-    kind, path, field = _KINDS.get(str(card.get("owned_by")), ("unknown", "/version", "version"))
-    # `created` is left out: vLLM gives the time of the question.
-    kept = {field: card.get(field) for field in ("id", "owned_by", "root", "max_model_len")}
-    return Identity(name, json.dumps(kept, sort_keys=True), kind, _version(server, path, field, attempts))
+    return name, listed.get(name, {})
 
 
 def _listed(server: Server, attempts: int | None) -> dict[str, dict[str, Any]]:
@@ -224,116 +176,14 @@ def _names(listed: Mapping[str, Any]) -> str:
     return ", ".join(sorted(listed)[:20]) or "none"
 
 
-def _version(server: Server, path: str, field: str, attempts: int | None) -> str:
-    try:
-        found = server.get(path, attempts).get(field)
-    except Unanswered as exc:
-        if exc.status is None or exc.status in (408, 429) or exc.status >= 500:
-            raise
-        return ""  # a server that has no such page, or shows it to nobody
-    return inert(str(found))[:80] if isinstance(found, str | int | float) else ""
+def _kept(card: Mapping[str, Any]) -> str:
+    """What must not change of it: `created` is left out, since vLLM and llama.cpp give the time of the question."""
+    fields = ("id", "owned_by", "root", "parent", "max_model_len", "meta")
+    return json.dumps({field: card.get(field) for field in fields}, sort_keys=True)
 
 
-def _abilities(server: Server, model: str) -> Abilities:
-    """Ask for everything that is wanted, and look at what came."""
-    tokenised = _tokenised(server, model)
-    if tokenised is not None:
-        chat, tokens = tokenised
-        probe = Request("probe", np.asarray(tokens, np.int32), _HELLO)
-        for logprobs in MOST_LOGPROBS:
-            try:
-                data = server.post("completions", _completion(model, probe, 1, logprobs))
-                openai_answers.output(probe, data, 1)
-            except Unanswered as exc:
-                _raise_unless_refused(exc)
-            except Malformed:
-                break
-            else:
-                replays = _replays(server, model, probe, logprobs)
-                return Abilities(chat, True, logprobs, replays, "max_tokens", _answers_as(data))
-    return _text_abilities(server, model)
-
-
-def _raise_unless_refused(exc: Unanswered) -> None:
-    """A server that cannot do a thing refuses it; one that is down, or wants a key, has told nothing of what it can do."""
-    if exc.status is None or exc.status in (401, 403, 429) or exc.status >= 500:
-        raise exc
-
-
-def _tokenised(server: Server, model: str) -> tuple[bool, list[int]] | None:
-    """(whether chat messages are rendered, token ids of a prompt); None if the server tokenises nothing."""
-    for chat in (True, False):
-        try:
-            return chat, _token_ids(server.post("/tokenize", _tokenize(model, _HELLO, chat)))
-        except Unanswered as exc:
-            _raise_unless_refused(exc)  # refused: a model without a chat template, or a server without a tokenizer
-        except Malformed:
-            return None
-    return None
-
-
-def _replays(server: Server, model: str, probe: Request, logprobs: int) -> bool:
-    try:
-        data = server.post("completions", _replay(model, probe, probe.tokens.tolist(), logprobs))
-        return len(openai_answers.prompt_rows(data, len(probe.tokens))) > 1
-    except Unanswered as exc:
-        _raise_unless_refused(exc)
-    except Malformed:
-        pass
-    return False
-
-
-def _text_abilities(server: Server, model: str) -> Abilities:
-    refused: Unanswered | None = None
-    for chat in (True, False):
-        for limit in ("max_tokens", "max_completion_tokens"):
-            try:
-                data = server.post(*_text_request(model, _HELLO, chat, limit, 1))
-                return Abilities(chat, False, 0, False, limit, _answers_as(data))
-            except Unanswered as exc:
-                _raise_unless_refused(exc)
-                refused = refused or exc
-    raise EngineError(f"the server answers neither chats nor completions: {refused.what if refused else ''}")
-
-
-def _answers_as(data: Mapping[str, Any]) -> tuple[str, str]:
-    return str(data.get("model")), str(data.get("system_fingerprint"))
-
-
-# --- what it is asked ------------------------------------------------------------------------------------------------
-
-
-def _messages(content: str | list[dict[str, str]]) -> list[dict[str, str]]:
-    return [{"role": "user", "content": content}] if isinstance(content, str) else content
-
-
-def _tokenize(model: str, content: str | list[dict[str, str]], chat: bool) -> dict[str, Any]:
-    asked = {"messages": _messages(content), "add_generation_prompt": True} if chat else {"prompt": content}
-    return {"model": model, **asked}
-
-
-def _token_ids(data: Mapping[str, Any]) -> list[int]:
-    tokens = data.get("tokens")
-    if not isinstance(tokens, list) or not tokens or not all(type(t) is int and 0 <= t < 2**31 for t in tokens):
-        raise Malformed("the server's tokenizer gave no token ids")
-    return tokens
-
-
-def _completion(model: str, request: Request, max_new_tokens: int, logprobs: int) -> dict[str, Any]:
-    asked = {"model": model, "prompt": request.tokens.tolist(), "max_tokens": max_new_tokens, "logprobs": logprobs}
-    return {**asked, **GREEDY, **NEUTRAL}
-
-
-def _replay(model: str, request: Request, prompt: list[int], logprobs: int) -> dict[str, Any]:
-    return {**_completion(model, request, 1, 1), "prompt": prompt, "prompt_logprobs": logprobs}
-
-
-def _text_request(
-    model: str, content: str | list[dict[str, str]], chat: bool, limit: str, max_new_tokens: int
-) -> tuple[str, dict[str, Any]]:
-    if chat:
-        return "chat/completions", {"model": model, "messages": _messages(content), limit: max_new_tokens, **GREEDY}
-    return "completions", {"model": model, "prompt": content, limit: max_new_tokens, **GREEDY}
+def _plain(identity: Identity) -> dict[str, Any]:
+    return {"listed": identity.listed, **vars(identity.about)}
 
 
 @dataclass(frozen=True)
@@ -355,33 +205,32 @@ class OpenAIEngine:
     name = "openai"
 
     def __init__(
-        self, server: Server, identity: Identity, can: Abilities, left: Journal, spec: Spec, settings: Settings
+        self, server: Server, identity: Identity, dialect: Dialect, left: Journal, spec: Spec, settings: Settings
     ) -> None:
-        self.server, self.identity, self.can, self.spec, self.settings = server, identity, can, spec, settings
-        self.text_only, self.replays = not can.tokens, can.replays
+        self.server, self.identity, self.dialect = server, identity, dialect
+        self.spec, self.settings = spec, settings
+        self.text_only, self.replays = dialect.text_only, dialect.replays
+        self.context_length = dialect.context_length
         self.failures = 0
         """Answers that are missing so far."""
-        # One token less than the server's: it insists on generating one after a replay.
-        length = json.loads(identity.listed).get("max_model_len")
-        self.context_length = length - can.replays if isinstance(length, int) and can.tokens else None
         self._journal, self._trusts_journal = left, False
         self._encoded: dict[str, list[int]] = {}
         self._texts: dict[tuple[int, ...], str] = {}
-        self._pieces: dict[int, str] = {}
         self._observed: Observation | None = None
 
     def facts(self) -> Fingerprint:
         """What the server says; its weights, its tokenizer and its end-of-sequence ids it shows to nobody."""
-        name = self.identity.model
+        name, about = self.dialect.model, self.identity.about
         if PurePosixPath(name).is_absolute() or PureWindowsPath(name).is_absolute():
             name = PureWindowsPath(name).name  # a path on the server, which is nobody else's business
         asked = digest({"max_new_tokens": self.spec.max_new_tokens})
         return {
             "engine": self.name,
-            "engine_version": f"{self.identity.kind} {self.identity.version}".strip(),
-            "engine.server": self.identity.kind,
+            "engine_version": f"{self.dialect.server_name} {about.version}".strip(),
+            "engine.server": self.dialect.server_name,
             "engine.model": inert(name)[:200],
-            "engine.system_fingerprint": inert(self.can.answers_as[1])[:80],
+            **{f"engine.{part}": inert(value)[:80] for part, value in self.dialect.said.items() if part != "model"},
+            **{f"engine.claimed.{claim}": value for claim, value in about.claims.items()},
             "model.weights": UNOBSERVED,
             "model.config": UNOBSERVED,
             "tokenizer": "utf-8" if self.text_only else UNOBSERVED,
@@ -400,10 +249,10 @@ class OpenAIEngine:
         unknown = Observation("unknown", 0.0, 0.0, "a server's arithmetic is only claimed: nothing of it can be probed")
         if self.text_only:
             return unknown
-        prompt = Request("probe", np.asarray(self.encode(Prompt("probe", _HELLO)), np.int32), _HELLO)
+        prompt = Request("probe", np.asarray(self.encode(Prompt("probe", HELLO)), np.int32), HELLO)
         try:
-            asked = _completion(self.identity.model, prompt, OBSERVED_TOKENS, self.can.logprobs)
-            found = outside.grid(openai_answers.step_rows(self.server.post("completions", asked)))
+            rows = self.dialect.rows(self.dialect.ask(prompt, OBSERVED_TOKENS))
+            found = outside.grid(list(row.values()) for row in rows)
         except (Unanswered, Malformed) as exc:
             return replace(unknown, detail=f"the server could not be looked at: {exc}")
         if found is None:
@@ -418,30 +267,25 @@ class OpenAIEngine:
         """Token ids as the server makes them, or the text's bytes where it does not."""
         content = prompt.content
         written = content if isinstance(content, str) else json.dumps(content)
-        if isinstance(content, list) and not self.can.chat:
-            raise EngineError(f"prompt {prompt.id} is a chat, and the server's model has no chat template")
+        if isinstance(content, list) and not self.dialect.chat:
+            raise EngineError(
+                f"prompt {prompt.id} is a chat, and the server renders none: its model has no chat template, or it is too old"
+            )
         if self.text_only:
             return list(written.encode())
         if written not in self._encoded:
             try:
-                data = self.server.post("/tokenize", _tokenize(self.identity.model, content, self.can.chat))
-                self._encoded[written] = _token_ids(data)
+                self._encoded[written] = self.dialect.tokenize(content)
             except (Unanswered, Malformed) as exc:
                 raise EngineError(f"prompt {prompt.id} was not tokenised: {exc}") from None
         return list(self._encoded[written])
 
     def decode(self, tokens: Sequence[int]) -> str:
-        """The server's own text of the tokens; where it gives none, what was seen of each, or its id."""
-        if self.text_only:
-            return bytes(t for t in tokens if t < 256).decode("utf-8", "replace")
+        """The server's own text of the tokens; their ids where it gives none, since it is only shown to people."""
         ids = tuple(int(token) for token in tokens)
         if ids and ids not in self._texts:
-            try:
-                asked = {"model": self.identity.model, "tokens": ids}
-                text = self.server.post("/detokenize", asked, attempts=1).get("prompt")
-            except Unanswered:
-                text = None  # it is shown to people only: what has an answer is judged without it
-            self._texts[ids] = text if isinstance(text, str) else "".join(self._pieces.get(t, f" {t}") for t in ids)
+            text = self.dialect.detokenize(ids)
+            self._texts[ids] = "".join(f" {token}" for token in ids) if text is None else text
         return self._texts.get(ids, "")
 
     def generate(self, batch: Sequence[Request], tick: Tick = no_tick) -> list[Output]:
@@ -449,12 +293,12 @@ class OpenAIEngine:
         return self._each(self._decoding(), batch, tick, self.settings.concurrency)
 
     def replay(self, requests: Sequence[Request], tick: Tick = no_tick) -> list[Scores]:
-        """Through `prompt_logprobs` of prompt and golden."""
+        """Through the log-probabilities of prompt and golden as one prompt."""
         return self._replayed(requests, tick, self.settings.concurrency)
 
     def _replayed(self, requests: Sequence[Request], tick: Tick, at_once: int | None) -> list[Scores]:
         if not self.replays:
-            raise EngineError("this server gives no prompt_logprobs: it cannot replay", fix="--repro-method decode")
+            raise EngineError("this server cannot score given tokens: it cannot replay", fix="--repro-method decode")
         return self._each(self._replaying(f"replay {at_once or ''}"), requests, tick, at_once)
 
     def replay_fp32(self, requests: Sequence[Request], tick: Tick = no_tick) -> list[Scores] | None:
@@ -470,39 +314,34 @@ class OpenAIEngine:
     # --- asking ------------------------------------------------------------------------------------------------------
 
     def _decoding(self) -> Work[Output]:
-        model, limit, can = self.identity.model, self.spec.max_new_tokens, self.can
-
-        def ask(request: Request) -> Mapping[str, Any]:
-            if self.text_only:
-                return self.server.post(*_text_request(model, request.content, can.chat, can.limit_name, limit))
-            return self.server.post("completions", _completion(model, request, limit, can.logprobs))
-
-        def read(request: Request, data: Mapping[str, Any]) -> Output:
-            if self.text_only:
-                return openai_answers.text_output(request, data)
-            return openai_answers.output(request, data, limit)
+        dialect, limit = self.dialect, self.spec.max_new_tokens
 
         def failed(request: Request, why: str) -> Output:
             return Output(request.id, np.zeros(0, np.int32), "", "stop", error=why)
 
-        return Work("decode", ask, read, failed, journal.to_output, lambda output: len(output.tokens))
+        return Work(
+            "decode",
+            lambda request: dialect.ask(request, limit),
+            lambda request, data: dialect.read(request, data, limit),
+            failed,
+            journal.to_output,
+            lambda output: len(output.tokens),
+        )
 
     def _replaying(self, name: str) -> Work[Scores]:
-        def ask(request: Request) -> Mapping[str, Any]:
-            assert request.reference is not None, "replay needs the golden's tokens"
-            tokens = [*request.tokens.tolist(), *request.reference.tolist()]
-            return self.server.post("completions", _replay(self.identity.model, request, tokens, self.can.logprobs))
-
-        def read(request: Request, data: Mapping[str, Any]) -> Scores:
-            found = openai_answers.scores(request, data)
-            self._pieces |= openai_answers.decoded(data)
-            return found
-
         def failed(request: Request, why: str) -> Scores:
             none = np.zeros(0, np.float32)
             return Scores(request.id, none, none, np.zeros(0, np.int32), none, error=why)
 
-        return Work(name, ask, read, failed, journal.to_scores, lambda scores: len(scores.logprob))
+        dialect = self.dialect
+        return Work(
+            name,
+            dialect.ask_replay,
+            dialect.read_replay,
+            failed,
+            journal.to_scores,
+            lambda scores: len(scores.logprob),
+        )
 
     def _each(self, work: Work[Answer], requests: Sequence[Request], tick: Tick, at_once: int | None) -> list[Answer]:
         """Every request's answer, or why it has none; the answers that came stay on disk until all have come."""
@@ -536,9 +375,9 @@ class OpenAIEngine:
     def _one(self, work: Work[Answer], request: Request) -> Answer:
         try:
             data = work.ask(request)
-            if (now := _answers_as(data)) != self.can.answers_as:
+            if (now := self.dialect.signature(data)) != self.dialect.said:
                 return work.failed(
-                    request, f"the server changed during the run: {_said(self.can.answers_as)} became {_said(now)}"
+                    request, f"the server changed during the run: {_said(self.dialect.said)} became {_said(now)}"
                 )
             return work.read(request, data)
         except Unanswered as exc:
@@ -553,7 +392,8 @@ class OpenAIEngine:
     def _changed(self) -> str:
         """Why nothing more can be compared; "" also where nobody answers, since each request will say that itself."""
         try:
-            now = _identity(self.server, self.identity.model, attempts=1)
+            _, card = _card(self.server, self.dialect.model, attempts=1)
+            now = Identity(_kept(card), self.dialect.about(attempts=1))
         except ConfigError as exc:
             return f"the server changed during the run: {exc.what}"
         except EngineError:
@@ -562,9 +402,8 @@ class OpenAIEngine:
             return ""
         return f"the server changed during the run: {self._described(self.identity)} became {self._described(now)}"
 
-    @staticmethod
-    def _described(identity: Identity) -> str:
-        return f"{identity.model} on {identity.kind} {identity.version} ({digest(identity.listed)[7:15]})"
+    def _described(self, identity: Identity) -> str:
+        return f"{self.dialect.server_name} {identity.about.version} ({digest(_plain(identity))[7:15]})"
 
     def _taken_over(self, work: Work[Answer], requests: Sequence[Request], keys: list[str]) -> dict[int, Answer]:
         """Answers of the run that was interrupted, once one of them was asked for again and came out alike."""
@@ -591,8 +430,8 @@ class OpenAIEngine:
         return found
 
 
-def _said(answers_as: tuple[str, str]) -> str:
-    return inert(" ".join(answers_as))[:120]
+def _said(signature: Mapping[str, str]) -> str:
+    return inert(" ".join(signature.values()))[:120]
 
 
 def _alike(then: Output | Scores, now: Output | Scores) -> bool:

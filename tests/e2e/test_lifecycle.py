@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -122,6 +123,50 @@ def test_each_method_sees_a_drift_by_itself(accepted: Project, method: str) -> N
     (suite,) = accepted.json()["suites"]
     assert [p["verdict"] for p in suite["prompts"]] == ["drift", "identical", "identical", "identical"]
     assert {p["method"] for p in suite["prompts"] if p["id"] != "a"} == {method}
+
+
+def _left(project: Project) -> list[str]:
+    return sorted(str(p.relative_to(project.root / "left")) for p in (project.root / "left").rglob("*") if p.is_file())
+
+
+@pytest.mark.parametrize("gap", [NEAR_TIE, DRIFT], ids=["near-tie", "drift"])
+def test_a_failed_check_leaves_a_candidate_where_it_is_told_to(accepted: Project, gap: float) -> None:
+    before = accepted.flip("b", gap).golden_files()
+    result = accepted.check("--repro-pending-dir", "left", CI="true")
+    assert result.rc == 1
+    assert "a candidate was left at left/golden/demo/bf16.pending.jsonl: pytest-repro fetch" in result.out
+    assert _left(accepted) == ["golden/demo/bf16.pending.jsonl", "golden/demo/bf16.pending.safetensors"]
+    assert accepted.golden_files() == before
+    header = json.loads((accepted.root / "left/golden/demo/bf16.pending.jsonl").read_text().splitlines()[0])
+    assert header["candidate"]["against"] == accepted.header()["digest"]
+    assert [p["verdict"] != "identical" for p in header["candidate"]["prompts"]] == [False, True, False, False]
+
+
+def test_lost_accuracy_leaves_a_candidate(project: Project) -> None:
+    rows = {f"q{i}": [i, i + 1] for i in range(8)}
+    loose = {"max_divergent": 8, "max_unexplained": 8}
+    right = dict.fromkeys(rows, "7")
+    project.suite(rows, answers=right, texts=right, thresholds=loose).update().accept()
+    for name in rows:
+        project.flip(name, DRIFT).script(**{name: {"text": "8"}})
+    result = project.check("--repro-pending-dir", "left")
+    assert result.rc == 1
+    assert "accuracy      FAIL 100.0 % -> 0.0 %" in result.out
+    assert len(_left(project)) == 2
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda p: p,
+        lambda p: p.flip("b", NEAR_TIE).suite(thresholds={"max_divergent": 4}).flip("b", NEAR_TIE),
+        lambda p: p.flip("b", DRIFT).script(c={"error": "out of memory"}),
+    ],
+    ids=["pass", "allowed", "error"],
+)
+def test_what_passes_or_broke_leaves_no_candidate(accepted: Project, change: Callable[[Project], Project]) -> None:
+    change(accepted).check("--repro-pending-dir", "left")
+    assert _left(accepted) == []
 
 
 def test_recording_anew_names_what_it_replaces(accepted: Project) -> None:

@@ -95,6 +95,38 @@ def test_a_golden_is_recorded_through_a_server_and_checked(served: Served) -> No
     assert served.left() == []
 
 
+@pytest.mark.parametrize(
+    ("state", "method"),
+    [
+        ({"speaks": "sglang", "owned_by": "sglang", "version": "0.5.23"}, "replay"),
+        ({"speaks": "llama.cpp", "owned_by": "llamacpp", "version": "b9999-0123abcd"}, "decode"),
+    ],
+    ids=["sglang", "llama.cpp"],
+)
+def test_a_golden_of_one_server_checks_another_one(served: Served, state: dict[str, Any], method: str) -> None:
+    served.suite().recorded()
+    served.restart(**state)
+    result = served.check()
+    assert result.rc == 0, result.text
+    (suite,) = served.project.json()["suites"]
+    assert {(p["verdict"], p["method"]) for p in suite["prompts"]} >= {("identical", method)}
+    assert served.verdicts() == dict.fromkeys(NAMES, "identical")
+    (change,) = (c for c in suite["environment_diff"] if c["field"] == "engine_version")
+    assert change["now"] == f"{state['speaks']} {state['version']}", "the server is a suspect"
+    served.restart(**state, salt="other weights")
+    assert served.check().rc == 1
+    assert set(served.verdicts().values()) == {"drift"}
+
+
+def test_a_dialect_that_is_none_is_a_mistake_in_the_suite(served: Served) -> None:
+    served.suite().recorded()
+    served.fake.state.seen.clear()
+    result = served.suite(dialect="ollama").check()
+    assert result.rc != 0
+    assert "'ollama' is none of auto, vllm, sglang, llama.cpp, text" in result.text
+    assert served.fake.state.seen == []
+
+
 def test_another_model_behind_the_server_is_drift(served: Served) -> None:
     served.suite().recorded()
     served.restart(salt="other weights")

@@ -187,3 +187,29 @@ def test_record_accept_check_edit(model: models.ModelFiles, tmp_path: Path) -> N
     edited = Run(tmp_path, "--repro-check", "golden", root=tmp_path)
     assert edited.rc == 1
     assert "was edited by hand" in edited.output
+
+
+def test_from_nothing_to_a_checked_golden(model: models.ModelFiles, tmp_path: Path) -> None:
+    """What a newcomer does: a file of questions, one command that records, and a check."""
+    questions = [json.loads(line) for line in (SUITE / "prompts.jsonl").read_text("utf-8").splitlines()[:3]]
+    rows = [{"question": q["prompt"], "answer": f"Worked out.\n#### {q['answer']}"} for q in questions]
+    (tmp_path / "mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def command(*arguments: str) -> subprocess.CompletedProcess[str]:
+        clean = {k: v for k, v in os.environ.items() if k != "CI"}
+        return subprocess.run(
+            [sys.executable, "-m", *arguments], cwd=tmp_path, env=clean, capture_output=True, text=True, check=False
+        )
+
+    made = command(
+        "pytest_repro.cli", "init", "golden/mine", "--model", suite.load(SUITE).model, "--prompts", "mine.jsonl",
+        "--numerics", "fp32", "--max-new-tokens", "8", "--limit", "2", "--record",
+    )  # fmt: skip
+    assert made.returncode == 0, made.stdout + made.stderr
+    assert "recorded  2 prompts as fp32.pending.jsonl" in made.stdout
+    assert 'golden: "golden/mine"' in made.stdout
+    accepted = command("pytest_repro.cli", "accept", "golden/mine", "--all", "--reason", "read")
+    assert accepted.returncode == 0, accepted.stderr
+    checked = Run(tmp_path, "--repro-check", "golden/mine", root=tmp_path)
+    assert checked.rc == 0, checked.output
+    assert checked.verdicts == {"identical"}

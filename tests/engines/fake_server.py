@@ -1,4 +1,7 @@
-"""A real HTTP server on loopback that speaks vLLM's dialect over a tiny deterministic model, and fails when told to."""
+"""A real HTTP server on loopback that speaks a dialect over a tiny deterministic model, and fails when told to.
+
+vLLM's is spoken here, SGLang's and llama.cpp's in `fake_sglang` and `fake_llama_cpp`.
+"""
 
 from __future__ import annotations
 
@@ -58,6 +61,7 @@ class State:
     version: str = "0.32.0"
     fingerprint: str | None = "vllm-0.32.0-01234567"
     max_model_len: int | None = 4096
+    speaks: str = "vllm"
     dtype: str = "fp32"
     salt: str = ""
     """Another one is another model."""
@@ -71,6 +75,11 @@ class State:
     after: Callable[[str, str], None] = lambda path, text: None
     seen: list[tuple[str, str]] = field(default_factory=list)
     """(path, prompt as text) of every request that was answered or refused."""
+    bodies: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Path -> what was asked there last."""
+    weight_version: str = "default"
+    older: bool = False
+    """An older version of the server."""
     keys: set[str | None] = field(default_factory=set)
     """Authorization headers that came."""
     dead: bool = False
@@ -143,6 +152,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.close_connection = True
             return
         state.seen.append((self.path, text))
+        state.bodies[self.path] = body
         refusal = answer if isinstance(answer, Refusal) else None
         raw = answer if isinstance(answer, bytes) else (refusal.body if refusal else json.dumps(answer)).encode()
         self.send_response(refusal.status if refusal else 200)
@@ -158,36 +168,51 @@ class _Handler(BaseHTTPRequestHandler):
 def _prompt_text(body: dict[str, Any]) -> str:
     if "messages" in body:
         return "".join(m["content"] for m in body["messages"])
-    prompt = body.get("prompt", "")
+    prompt = next((body[name] for name in ("prompt", "input_ids", "content", "text") if name in body), "")
     return prompt if isinstance(prompt, str) else text_of(prompt)
 
 
 def _answer(state: State, path: str, body: dict[str, Any]) -> Any:
+    from . import fake_llama_cpp, fake_sglang  # they import this module
+
+    other = {"sglang": fake_sglang.answer, "llama.cpp": fake_llama_cpp.answer}.get(state.speaks)
+    if other is not None and (found := other(state, path, body)) is not None:
+        return found
     if path == "/v1/models":
         names = [state.model] if state.models is None else state.models
         card = {"object": "model", "created": time.time_ns(), "owned_by": state.owned_by, "root": "/home/somebody/tiny"}
         return {"data": [{"id": name, **card, "max_model_len": state.max_model_len} for name in names]}
-    if path == "/version" and state.owned_by == "vllm":
+    if path == "/version" and state.speaks == "vllm" and state.owned_by == "vllm":
         return {"version": state.version}
-    if path == "/tokenize" and state.tokenizer:
+    if path == "/tokenize" and state.tokenizer and state.speaks == "vllm":
         if "messages" in body and not state.chat:
             return Refusal(400, '{"error": {"message": "default chat template is no longer allowed"}}')
-        tokens = _tokens(body["messages"]) if "messages" in body else list(body["prompt"].encode())
+        tokens = tokens_of(body["messages"]) if "messages" in body else list(body["prompt"].encode())
         return {"tokens": tokens, "count": len(tokens), "max_model_len": state.max_model_len}
-    if path == "/detokenize" and state.tokenizer:
+    if path == "/detokenize" and state.tokenizer and state.speaks == "vllm":
         return {"prompt": text_of(body["tokens"])}
     if path == "/v1/completions" and (state.token_ids or isinstance(body.get("prompt"), str)):
         return _completion(state, body, body["prompt"])
     if path == "/v1/chat/completions" and state.chat:
-        found = _completion(state, body, _tokens(body["messages"]))
+        found = _completion(state, body, tokens_of(body["messages"]))
         choice = found["choices"][0]
         return found | {"choices": [{"finish_reason": choice["finish_reason"], "message": {"content": choice["text"]}}]}
     return Refusal(404, '{"detail": "Not Found"}')
 
 
-def _tokens(messages: list[dict[str, str]]) -> list[int]:
+def tokens_of(messages: list[dict[str, str]]) -> list[int]:
     turns = [[USER if m["role"] == "user" else 259, *m["content"].encode(), END] for m in messages]
     return [*(t for turn in turns for t in turn), ASSISTANT]
+
+
+def greedy(state: State, prompt: list[int], most: int) -> tuple[list[int], list[NDArray[np.float32]]]:
+    """The model's answer, and the log-probabilities of each of its tokens."""
+    tokens: list[int] = []
+    rows: list[NDArray[np.float32]] = []
+    while len(tokens) < most and END not in tokens:
+        rows.append(logprobs([*prompt, *tokens], state.dtype, state.salt))
+        tokens.append(int(rows[-1].argmax()))
+    return tokens, rows
 
 
 def _completion(state: State, body: dict[str, Any], prompt: str | list[int]) -> Any:
@@ -197,11 +222,7 @@ def _completion(state: State, body: dict[str, Any], prompt: str | list[int]) -> 
         return Refusal(400, json.dumps({"error": {"message": f"at most {state.most_logprobs} logprobs"}}))
     if body.get("model") != state.model:
         return Refusal(404, json.dumps({"error": {"message": f"The model {body.get('model')!r} does not exist."}}))
-    tokens: list[int] = []
-    rows: list[NDArray[np.float32]] = []
-    while len(tokens) < body["max_tokens"] and END not in tokens:
-        rows.append(logprobs([*ids, *tokens], state.dtype, state.salt))
-        tokens.append(int(rows[-1].argmax()))
+    tokens, rows = greedy(state, ids, body["max_tokens"])
     choice: dict[str, Any] = {
         "index": 0,
         "text": text_of(tokens, special=False),
@@ -211,7 +232,7 @@ def _completion(state: State, body: dict[str, Any], prompt: str | list[int]) -> 
         "prompt_token_ids": None,
         "prompt_logprobs": None,
     }
-    if state.token_ids and body.get("logprobs"):
+    if state.token_ids and body.get("logprobs") and state.speaks == "vllm":
         tops = [_best(row, token, body["logprobs"]) for row, token in zip(rows, tokens, strict=True)]
         choice["logprobs"] = {
             "tokens": [f"token_id:{t}" for t in tokens],

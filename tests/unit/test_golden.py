@@ -12,7 +12,7 @@ from safetensors.numpy import load, save
 from pytest_repro import golden as wire
 from pytest_repro.errors import GoldenError
 from pytest_repro.generation import digest
-from pytest_repro.golden import Golden, Review, decode, encode
+from pytest_repro.golden import Agreed, Golden, Review, decode, encode
 from tests.unit.builders import REVIEW, f32, generation, golden, output
 
 WHERE = "golden/s/bf16.golden.jsonl"
@@ -348,7 +348,45 @@ def test_this_version_writes_the_newest_schema(monkeypatch: pytest.MonkeyPatch) 
         read()
 
 
+LIMITS = {"max_divergent": 0, "max_unexplained": 0, "accuracy_drop": 2.0, "alpha": 0.05, "length_ratio": [0.9, 1.1],
+          "fp32_waiver": "explained"}  # fmt: skip
+AGREED = Agreed(LIMITS, "Bo", "2026-11-22", "why")
+
+
 def test_a_seal_binds_every_field_of_the_review() -> None:
-    fields = {"by": "x", "when": "x", "reason": "x", "previous": "x", "commit": "x"}
+    fields = {"by": "x", "when": "x", "reason": "x", "previous": "x", "commit": "x", "thresholds": AGREED}
     seals = {REVIEW.seal("d"), REVIEW.seal("e"), *(replace(REVIEW, **{k: v}).seal("d") for k, v in fields.items())}
-    assert len(seals) == 7 and set(fields) == set(Review.__dataclass_fields__)
+    assert len(seals) == 8 and set(fields) == set(Review.__dataclass_fields__)
+
+
+def test_a_seal_binds_every_field_of_the_thresholds() -> None:
+    fields = {"by": "x", "when": "x", "reason": "x", "limits": {**LIMITS, "max_divergent": 0.0}}
+    changed = [replace(REVIEW, thresholds=replace(AGREED, **{k: v})) for k, v in fields.items()]
+    assert len({review.seal("d") for review in changed}) == 4 and set(fields) == set(Agreed.__dataclass_fields__)
+
+
+def test_the_seal_of_a_review_without_thresholds_is_what_it_was() -> None:
+    fields = {name: value for name, value in vars(REVIEW).items() if name != "thresholds"}
+    assert REVIEW.seal("d") == digest({"accepted": "d", **fields})
+    assert "thresholds" not in json.loads(TEXT.splitlines()[0])["review"]
+
+
+@pytest.mark.parametrize(
+    ("edit", "told"),
+    [
+        (lambda t: t.pop("reason"), "'reason' is a required property"),
+        (lambda t: t.update(more=1), "unknown key 'more'"),
+        (lambda t: t["limits"].pop("alpha"), "'alpha' is a required property"),
+        (lambda t: t["limits"].update(max_divergent=2.0), "2.0"),
+        (lambda t: t["limits"].update(fp32_waiver="some"), '"some" is not one of'),
+        (lambda t: t["limits"].update(length_ratio=[1]), "minItems"),
+        (lambda t: t["limits"].update(max_divergnt=1), "unknown key 'max_divergnt'"),
+        (lambda t: t["limits"].update(alpha=2), "2 is not allowed"),
+    ],
+)
+def test_thresholds_of_a_review_are_held_against_the_schema(edit: Callable[[Any], None], told: str) -> None:
+    text, _ = encode(replace(GOLDEN, review=replace(REVIEW, thresholds=AGREED)))
+    assert read(text).review == replace(REVIEW, thresholds=AGREED)
+    with pytest.raises(GoldenError) as caught:
+        read(edited(lambda h, _: edit(h["review"]["thresholds"]), signed=True, text=text))
+    assert told in caught.value.what or caught.value.what.endswith("is not a review, or null")

@@ -14,6 +14,7 @@ from pytest_repro.store import (
     GOLDEN,
     PENDING,
     Place,
+    Reviewer,
     accept,
     atomic_write,
     candidates_for,
@@ -44,7 +45,7 @@ def put(folder: Path, stem: str, kind: str = GOLDEN, content: Golden = OLD) -> P
 
 
 def taken(place: Place, reason: str = "meant") -> Golden:
-    return accept(place, by="Bo <bo@example.org>", reason=reason, commit="abc")
+    return accept(place, Reviewer("Bo <bo@example.org>", reason, "abc"))
 
 
 # --- atomic_write ---------------------------------------------------------------------------------------------------

@@ -66,7 +66,7 @@
   }
 
   function scrolled(name, content) {
-    return make("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": name }, content);
+    return make("div", { class: "scroll", tabindex: "0", role: "group", "aria-label": name }, content);
   }
 
   function whole(data) {

@@ -1,0 +1,191 @@
+"""`pytest-repro verify`: whether the goldens of a checkout can be relied on, from the files, from git, from thresholds."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path, PurePosixPath
+
+from . import numerics, store
+from .errors import ConfigError, GoldenError
+from .golden import Golden
+from .history import Base, History
+from .provenance import Finding, limits, loosened_since, of_steps
+from .store import PENDING, Committed, Place, Reviewer, typed
+from .suite import Thresholds, defaults_around, defaults_of, load, thresholds_in, thresholds_in_force
+
+
+@dataclass(frozen=True)
+class Audit:
+    """What was looked at, and what does not hold."""
+
+    base: Base
+    goldens: int
+    steps: int
+    findings: tuple[Finding, ...]
+
+
+def verify(path: Path, base: str | None, environment: Mapping[str, str]) -> Audit:
+    """Hold every golden below a path against its digest, its review, git, and the thresholds that were accepted.
+
+    Args:
+        path: a suite's folder, or a folder of suites.
+        base: revision that the branch left; None: as CI or the default branch says.
+        environment: where CI names the branch that a pull request goes to.
+
+    Raises:
+        ConfigError: no git repository, no such revision, a clone too shallow, or no golden there at all.
+    """
+    folder = path.parent if path.is_file() else path
+    history = History.around(folder)
+    under, since = history.within(folder), history.base(base, environment)
+    places = store.below(folder)
+    steps = [replace(step, path=typed(history.root / step.path)) for step in history.steps(since.commit, under)]
+    if not places and not steps:
+        raise ConfigError(
+            "there is no golden here, and none was deleted", where=path, fix=f"pytest --repro-update {path}"
+        )
+    told = list(of_steps(steps))
+    known = {(finding.kind, finding.where) for finding in told}  # with the commit that did it
+    findings = [
+        *(finding for finding in _of_files(places, history, under) if (finding.kind, finding.where) not in known),
+        *told,
+        *_of_pending(history, under),
+        *(finding for place in places for finding in _of_thresholds(place, history, since)),
+    ]
+    return Audit(since, len(places), len(steps), tuple(dict.fromkeys(findings)))
+
+
+def _of_files(places: list[Place], history: History, under: str) -> Iterator[Finding]:
+    """What lies here: readable, reviewed, and as HEAD has it."""
+    loose = history.uncommitted(under)
+    for place in places:
+        shown = typed(place.text)
+        try:
+            golden = place.read()
+        except GoldenError as exc:
+            yield Finding("broken", shown, exc.what, exc.fix)
+        else:
+            if golden.review is None:
+                yield Finding("unreviewed", shown, "nobody accepted this golden", _anew(place))
+        if {history.within(file) for file in (place.text, place.numbers)} & loose:
+            yield Finding(
+                "uncommitted", shown, "git does not have it as it lies here", f"git add {shown[:-5]}*, git commit"
+            )
+
+
+def _anew(place: Place) -> str:
+    return f"pytest --repro-update {typed(place.folder)}, then pytest-repro review {typed(place.folder)}"
+
+
+def _of_pending(history: History, under: str) -> Iterator[Finding]:
+    for path in history.files("HEAD", under):
+        if path.endswith((f"{PENDING}.jsonl", f"{PENDING}.safetensors")):
+            shown = typed(history.root / path)
+            yield Finding("pending", shown, "a pending golden was committed", f"git rm --cached {shown}, and review it")
+
+
+def _of_thresholds(place: Place, history: History, base: Base) -> Iterator[Finding]:
+    golden = place.trusted()
+    if golden is None or golden.review is None:
+        return
+    shown, prompts = typed(place.text), len(golden.generation)
+    now, before = thresholds_in_force(place.folder), _at_base(place, history, base)
+    then = {
+        cls: _of_class(before, cls) if before else None for cls in (golden.compute_class, *_falls_back(place, golden))
+    }
+    for cls, base_of_class in then.items():
+        agreed = golden.review.thresholds if cls == golden.compute_class else None
+        if looser := loosened_since(agreed, base_of_class, _of_class(now, cls), prompts):
+            seal = f'pytest-repro accept {shown} --thresholds --reason "..."'
+            record = (
+                f"pytest --repro-update {typed(place.folder)} --repro-numerics {cls}: a golden of its own holds them"
+            )
+            yield Finding(
+                "thresholds",
+                shown,
+                f"thresholds of {cls} loosened since {'they were accepted' if agreed else base.name}, and no reason is "
+                f"recorded: {', '.join(looser)}",
+                f"tighten them again, or {seal if cls == golden.compute_class else record}",
+            )
+
+
+def _falls_back(place: Place, golden: Golden) -> list[str]:
+    """Classes of the suite's modes that are checked against this golden for want of their own."""
+    if golden.compute_class == "fp32" or not (place.folder / "suite.toml").is_file():
+        return []
+    modes = load(place.folder, defaults=defaults_around(place.folder)[1]).numerics
+    claimed = {c for c in (numerics.mode(mode).compute_class for mode in modes) if c}
+    own = {other.stem.partition("@")[0] for other in store.places(place.folder)}
+    return sorted(c for c in claimed - own if golden.compute_class in store.candidates_for(c, ""))
+
+
+def _at_base(place: Place, history: History, base: Base) -> Mapping[str, Thresholds] | None:
+    """The thresholds of this golden's suite at the merge base, wherever its folder lay then; None if it was not there."""
+    here = history.within(place.text)
+    there = history.files(base.commit, ".")
+    if here not in there:
+        mine = history.files("HEAD", here).get(here)
+        here = next((path for path, blob in there.items() if blob == mine), "")
+    if not here:
+        return None
+    suite = str(PurePosixPath(here).parent / "suite.toml")
+    try:
+        return thresholds_in(history.text(base.commit, suite), _defaults_at(history, base, here), suite)
+    except ConfigError:
+        return None  # no check passed with it
+
+
+def _defaults_at(history: History, base: Base, path: str) -> Mapping[str, object]:
+    for folder in PurePosixPath(path).parents:
+        text = history.text(base.commit, str(folder / "pyproject.toml"))
+        if text is not None:
+            return defaults_of(text, "pyproject.toml")
+    return {}
+
+
+def _of_class(thresholds: Mapping[str, Thresholds], cls: str) -> Thresholds:
+    return thresholds.get(cls, thresholds[""])
+
+
+# --- what a review needs of all this --------------------------------------------------------------------------------
+
+
+def in_force(place: Place) -> Thresholds:
+    """The thresholds of a golden's class.
+
+    Raises:
+        ConfigError: suite.toml or pyproject.toml cannot be read.
+    """
+    return _of_class(thresholds_in_force(place.folder), place.stem.partition("@")[0])
+
+
+def reviewer(place: Place, by: str, reason: str, commit: str | None) -> Reviewer:
+    """Who accepts a golden, with the thresholds in force for its class.
+
+    Raises:
+        ConfigError: suite.toml or pyproject.toml cannot be read.
+    """
+    return Reviewer(by, reason, commit, limits(in_force(place)))
+
+
+def loosened(place: Place, golden: Golden, standing: Golden | None) -> list[str]:
+    """What the thresholds in force let pass that those of the standing golden, or of the merge base, do not."""
+    agreed = standing.review.thresholds if standing and standing.review else None
+    before = None
+    if agreed is None:
+        with suppress(ConfigError):  # no git here, or nothing to compare with
+            history = History.around(place.folder)
+            before = _at_base(place.other, history, history.base(None, os.environ))
+    base = _of_class(before, golden.compute_class) if before else None
+    return loosened_since(agreed, base, in_force(place), len(golden.generation))
+
+
+def head_of(place: Place) -> Committed | None:
+    """What git has where a pending golden goes; None outside of git."""
+    try:
+        return History.around(place.folder).committed(place)
+    except ConfigError:
+        return None

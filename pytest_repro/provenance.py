@@ -1,0 +1,170 @@
+"""Whether a golden's history holds: every step reviewed, and no threshold loosened without a reason. Pure.
+
+`history` brings the steps, `audit` asks; here is decided what they show.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from .errors import GoldenError
+from .generation import digest
+from .golden import Agreed, Review, Sealed, sealed
+from .suite import Thresholds
+from .verdict import loosened
+
+LFS_POINTER = b"version https://git-lfs.github.com/spec/v1\n"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that does not hold."""
+
+    kind: str
+    """`broken`, `unreviewed`, `uncommitted`, `chain`, `deleted`, `pending`, `thresholds`."""
+    where: str
+    what: str
+    fix: str
+
+
+@dataclass(frozen=True)
+class Version:
+    """The two files of a golden in one commit."""
+
+    text: bytes | None
+    numbers: bytes | None
+
+
+@dataclass(frozen=True)
+class Step:
+    """A commit that changed a golden."""
+
+    commit: str
+    """Abbreviated."""
+    path: str
+    """Of the text part."""
+    before: tuple[Version | None, ...]
+    """In each parent; None where it has none."""
+    after: Version | None
+    """None if the commit deleted it."""
+    reason: str = ""
+    """Of a deletion: the commit message's trailer `Golden-Removed`."""
+
+
+def of_steps(steps: Sequence[Step]) -> Iterator[Finding]:
+    """What does not hold in the commits of a branch, oldest first."""
+    for step in steps:
+        moved = next((s for s in steps if _is_moved(step, s)), None)
+        if step.after is not None:
+            yield from _of_change(step, moved.before if moved else step.before)
+        elif moved is None and not step.reason:
+            yield Finding(
+                "deleted",
+                step.path,
+                f"commit {step.commit} deletes this golden",
+                f"git checkout {step.commit}^ -- {_stem(step.path)}.*; if it is meant, the commit's message needs a line "
+                "'Golden-Removed: why'",
+            )
+
+
+def _is_moved(step: Step, other: Step) -> bool:
+    """Whether a commit moved a golden: one path lost the very bytes that another gained."""
+    if step.commit != other.commit or (step.after is None) == (other.after is None):
+        return False
+    gained, lost = (step, other) if step.after is not None else (other, step)
+    return gained.after in lost.before and not any(gained.before)
+
+
+def _of_change(step: Step, before: tuple[Version | None, ...]) -> Iterator[Finding]:
+    assert step.after is not None
+    again = f"record and accept it anew: pytest --repro-update {_folder(step.path)}"
+    try:
+        now = verified(step.after, step.path)
+    except GoldenError as exc:
+        yield Finding("broken", step.path, f"commit {step.commit} leaves it broken: {exc.what}", again)
+        return
+    if now.review is None:
+        what = f"commit {step.commit} changes this golden, and nobody accepted it"
+        yield Finding("unreviewed", step.path, what, again)
+        return
+    allowed = [_previous(now, then, step.path) for then in before or (None,)]
+    if now.review.previous not in allowed:
+        yield _broken_chain(step, now.review, allowed)
+
+
+def verified(version: Version, path: str) -> Sealed:
+    """Text part held against its digest and seal, and the binary part against the text; git-lfs's pointer will do.
+
+    Raises:
+        GoldenError: one of them does not hold.
+    """
+    if version.text is None:
+        raise GoldenError("the text part is missing", where=path)
+    found = sealed(version.text, path)
+    if version.numbers is None:
+        raise GoldenError("the binary part is missing", where=path)
+    if _digest_of(version.numbers) != found.numbers:
+        raise GoldenError("the binary part is not the one this golden was recorded with", where=path)
+    return found
+
+
+def _digest_of(numbers: bytes) -> str:
+    if not numbers.startswith(LFS_POINTER):
+        return digest(numbers)
+    lines = dict(line.split(" ", 1) for line in numbers.decode("utf-8", "replace").splitlines() if " " in line)
+    return lines.get("oid", "")
+
+
+def _previous(now: Sealed, then: Version | None, path: str) -> str | None:
+    """What the review must call the golden that it replaced."""
+    if then is None:
+        return None
+    try:
+        old = verified(then, path)
+    except GoldenError:
+        return None  # accepted over a golden that could not be read, which its review says
+    return old.review.previous if old.digest == now.digest and old.review else old.digest
+
+
+def _broken_chain(step: Step, review: Review, allowed: Sequence[str | None]) -> Finding:
+    there = " or ".join(_short(name) for name in allowed)
+    stem = _stem(step.path)
+    pending = stem.removesuffix(".golden") + ".pending"
+    return Finding(
+        "chain",
+        step.path,
+        f"commit {step.commit}: its review replaced {_short(review.previous)}, and {there} lay there",
+        f"look at it beside what it replaces: for e in jsonl safetensors; do mv {stem}.$e {pending}.$e; done; "
+        f"git checkout {step.commit}^ -- {stem}.*; pytest-repro review {_folder(step.path)}",
+    )
+
+
+def _short(name: str | None) -> str:
+    return "no golden" if name is None else name[:19] + "…"
+
+
+def _stem(path: str) -> str:
+    return path.removesuffix(".jsonl")
+
+
+def _folder(path: str) -> str:
+    return path.rpartition("/")[0] or "."
+
+
+def loosened_since(agreed: Agreed | None, base: Thresholds | None, now: Thresholds, prompts: int) -> list[str]:
+    """What the thresholds in force let pass that those somebody gave a reason for do not.
+
+    Args:
+        agreed: what the golden's review holds.
+        base: at the merge base; asked where the review holds none. None: there were none.
+        now: in force.
+        prompts: how many the golden has.
+    """
+    then = agreed.to_thresholds() if agreed else base
+    return [] if then is None else loosened(then, now, prompts)
+
+
+def limits(thresholds: Thresholds) -> Mapping[str, object]:
+    """Thresholds as a review holds them: as JSON reads them back."""
+    return {**vars(thresholds), "length_ratio": list(thresholds.length_ratio)}
