@@ -168,9 +168,12 @@ class History:
         path = self.within(place.folder / f"{place.stem}{GOLDEN}.jsonl")
         blob = self.files("HEAD", path).get(path)
         try:
-            return Committed(sealed(self._blob(blob), path).digest if blob else None)
+            found = sealed(self._blob(blob), path) if blob else None
         except GoldenError:
+            found = None
+        if found is None:
             return Committed(None)
+        return Committed(found.digest, found.review.previous if found.review else None)
 
     # --- what happened ----------------------------------------------------------------------------------------------
 

@@ -1,12 +1,13 @@
 """Whether a golden's history holds: every step reviewed, and no threshold loosened without a reason. Pure.
 
-`history` brings the steps, `audit` asks; here is decided what they show.
+`history` brings the steps, `verification` asks; here is decided what they show.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from shlex import quote
 
 from .errors import GoldenError
 from .generation import digest
@@ -129,8 +130,7 @@ def _previous(now: Sealed, then: Version | None, path: str) -> str | None:
 
 def _broken_chain(step: Step, review: Review, allowed: Sequence[str | None]) -> Finding:
     there = " or ".join(_short(name) for name in allowed)
-    stem = _stem(step.path)
-    pending = stem.removesuffix(".golden") + ".pending"
+    stem, pending = _stem(step.path), quote(step.path.removesuffix(".golden.jsonl") + ".pending")
     return Finding(
         "chain",
         step.path,
@@ -145,11 +145,12 @@ def _short(name: str | None) -> str:
 
 
 def _stem(path: str) -> str:
-    return path.removesuffix(".jsonl")
+    """As a shell may be given it: a folder's name comes with a pull request."""
+    return quote(path.removesuffix(".jsonl"))
 
 
 def _folder(path: str) -> str:
-    return path.rpartition("/")[0] or "."
+    return quote(path.rpartition("/")[0] or ".")
 
 
 def loosened_since(agreed: Agreed | None, base: Thresholds | None, now: Thresholds, prompts: int) -> list[str]:

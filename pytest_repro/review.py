@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from . import audit, candidate, fingerprint, probe
+from . import candidate, fingerprint, probe, verification
 from .accuracy import paired_test
 from .errors import ConfigError, GoldenError
 from .fingerprint import Fingerprint, Value
@@ -104,8 +104,8 @@ _NOTHING: dict[str, Any] = {
 def _thresholds(place: Place, old: Golden | None, new: Golden, notes: Mapping[str, Any]) -> dict[str, list[str]]:
     """Which thresholds the change goes beyond, and which were loosened: accepting puts them in force."""
     try:
-        in_force = audit.in_force(place)
-        loosened = audit.loosened(place, new, old)
+        in_force = verification.in_force(place)
+        loosened = verification.loosened(place, new, old)
     except ConfigError as exc:
         return {"beyond_thresholds": [f"the thresholds cannot be read: {exc.what}"], "thresholds_loosened": []}
     known = {str(verdict): verdict for verdict in Verdict}

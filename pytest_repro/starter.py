@@ -192,8 +192,14 @@ def quoted(text: str) -> str:
 # --- the workflow ---------------------------------------------------------------------------------------------------
 
 
-def workflow(golden: str, numerics: Sequence[str], action: str) -> str:
+def workflow(golden: str, numerics: Sequence[str], action: str, engine: str) -> str:
     """A GitHub workflow that checks the suite on every pull request, and its goldens' history.
+
+    Args:
+        golden: the suite's folder.
+        numerics: modes to check.
+        action: where the workflow finds `repro-check`.
+        engine: of the suite; says what is to be installed.
 
     Raises:
         ConfigError: a path that GitHub would read as more than a path.
@@ -203,6 +209,7 @@ def workflow(golden: str, numerics: Sequence[str], action: str) -> str:
             raise ConfigError(
                 f"{name} has signs that a workflow gives a meaning to", where=value, fix="letters, digits, . _ - /"
             )
+    installed = "pytest-repro" + (f"[{engine}]" if engine in ("transformers", "vllm", "openai") else "")
     return f"""\
 name: repro
 on:
@@ -229,7 +236,13 @@ jobs:
       - uses: actions/setup-python@a26af69be951a213d495a4c3e4e4022e16d87065 # v5.6.0
         with:
           python-version: "3.12"
-      - run: pip install 'pytest-repro[transformers]'
+      - uses: actions/cache@5a3ec84eff668545956fd18022155c47e93e2684 # v4.2.3
+        with:
+          path: |
+            ~/.cache/pytest-repro
+            ~/.cache/huggingface
+          key: models-${{{{ hashFiles('{golden}/suite.toml') }}}}
+      - run: pip install {json.dumps(installed)}
       - run: pytest-repro verify {json.dumps(golden)}
       - uses: {action}
         with:

@@ -275,7 +275,9 @@ class Committed:
     """The golden that git has at HEAD in a place, if any: what a review's `previous` must name."""
 
     digest: str | None
-    """None where HEAD has none."""
+    """None where HEAD has none, or none that can be read."""
+    previous: str | None = None
+    """What its own review replaced."""
 
 
 def accept(place: Place, who: Reviewer, head: Committed | None = None) -> Golden:
@@ -297,8 +299,8 @@ def accept(place: Place, who: Reviewer, head: Committed | None = None) -> Golden
         raise a_part(place)
     pending_golden = place.read()
     previous, remark = _replaced(place, pending_golden.digest)
-    if head is not None and not remark:
-        previous = head.digest if head.digest != pending_golden.digest else previous
+    if head is not None:
+        previous = head.previous if head.digest == pending_golden.digest else head.digest
     when = datetime.now(UTC).isoformat(timespec="seconds")
     reason = f"{who.reason}{remark}"
     review = Review(

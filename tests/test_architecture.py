@@ -34,7 +34,7 @@ LAYERS = [
     },
     {"store", "artifact", "history", "probe", "precision", "models", "engines", "numerics"},
     {"report"},
-    {"gate", "review", "audit"},
+    {"gate", "review", "verification"},
     {"plugin", "cli", "session", "fixture", "testing"},
 ]
 LAYERCAST = {

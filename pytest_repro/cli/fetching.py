@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from shlex import quote
 from typing import Annotated
 
 import typer
@@ -29,7 +30,7 @@ def fetch(
     done = list(artifact.put(artifact.arrivals(contents, into, source=path, force=force)))
     command = "merge" if any(arrival.place.shard for arrival in done) else "review"
     folders = sorted({str(arrival.place.folder) for arrival in done})
-    steps = [f"pytest-repro {command} {folder}" for folder in folders]
+    steps = [f"pytest-repro {command} {quote(folder)}" for folder in folders]
     if as_json:
         as_data({"fetched": [artifact.told(a) for a in done], "ignored": list(contents.ignored), "next": steps})
         return

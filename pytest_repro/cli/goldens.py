@@ -10,7 +10,7 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from .. import audit, probe, review, store
+from .. import probe, review, store, verification
 from ..errors import ConfigError
 from ..golden import Golden
 from ..store import Place, Reviewer
@@ -157,7 +157,7 @@ def _accepted(path: Path, reason: str, every: bool) -> list[tuple[Place, Golden]
 
 
 def _accept(place: Place, reason: str) -> Golden:
-    return store.accept(place, _reviewer(place, reason), audit.head_of(place))
+    return store.accept(place, _reviewer(place, reason), verification.head_of(place))
 
 
 def _agreed(path: Path, reason: str) -> list[tuple[Place, Golden]]:
@@ -168,7 +168,7 @@ def _agreed(path: Path, reason: str) -> list[tuple[Place, Golden]]:
 
 
 def _reviewer(place: Place, reason: str) -> Reviewer:
-    return audit.reviewer(place, probe.author(place.folder), reason, review.commit_of(place.folder))
+    return verification.reviewer(place, probe.author(place.folder), reason, review.commit_of(place.folder))
 
 
 def _told(place: Place, golden: Golden) -> dict[str, Any]:

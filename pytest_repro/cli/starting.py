@@ -8,6 +8,7 @@ import sys
 import tempfile
 from dataclasses import replace
 from pathlib import Path
+from shlex import quote
 from typing import Annotated
 
 import typer
@@ -17,7 +18,7 @@ from ..engines.base import REGISTRY, needs_model
 from ..errors import ConfigError
 from ..models import well_formed
 from ..starter import Recipe
-from ..store import atomic_write
+from ..store import atomic_write, typed
 from ..suite import SUITE_FILE, load
 from .shell import AsJson, app, as_data, reported, say
 
@@ -60,11 +61,13 @@ def init(
     )
     _check(recipe)
     made = _files(recipe, folder)
-    ci = starter.workflow(folder.as_posix(), recipe.numerics, action)
+    ci = starter.workflow(typed(folder), recipe.numerics, action, recipe.engine)
     if workflow is not None:
         made[workflow] = ci
     _write(made)
-    steps = [f"pytest --repro-update {folder}", f"pytest-repro review {folder}", f"pytest --repro-check {folder}"]
+    steps = [
+        f"{c} {quote(str(folder))}" for c in ("pytest --repro-update", "pytest-repro review", "pytest --repro-check")
+    ]
     if as_json:
         as_data({"suite": str(folder), "name": recipe.name, "prompts": len(read), "numerics": list(recipe.numerics),
                  "written": [str(file) for file in made], "next": steps, "workflow": ci})  # fmt: skip

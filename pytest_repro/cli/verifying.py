@@ -8,8 +8,8 @@ from typing import Annotated
 
 import typer
 
-from .. import audit
-from ..audit import Audit
+from .. import verification
+from ..verification import Verification
 from .shell import AsJson, Where, app, as_data, reported, say
 
 BaseRevision = Annotated[
@@ -26,7 +26,7 @@ def verify(path: Where = Path("golden"), base: BaseRevision = None, as_json: AsJ
     Every golden matches its digest, was accepted under a valid seal, and is in git; no commit since the merge base holds an
     unreviewed or broken step; nothing pending is committed; no threshold was loosened without a reason.
     """
-    found = audit.verify(path, base, os.environ)
+    found = verification.verify(path, base, os.environ)
     if as_json:
         as_data(_data(found))
     else:
@@ -34,7 +34,7 @@ def verify(path: Where = Path("golden"), base: BaseRevision = None, as_json: AsJ
     raise typer.Exit(1 if found.findings else 0)
 
 
-def _data(found: Audit) -> dict[str, object]:
+def _data(found: Verification) -> dict[str, object]:
     return {
         "verdict": "fail" if found.findings else "pass",
         "base": vars(found.base),
@@ -44,7 +44,7 @@ def _data(found: Audit) -> dict[str, object]:
     }
 
 
-def _tell(found: Audit) -> None:
+def _tell(found: Verification) -> None:
     for finding in found.findings:
         say(f"FAIL  {finding.where}: {finding.what}   mend: {finding.fix}", "red")
     looked_at = f"{found.goldens} goldens, {found.steps} changes since {found.base.name} ({found.base.commit[:12]})"

@@ -246,9 +246,8 @@ def _explained(suite: Mapping[str, Any]) -> list[str]:
     if drift:
         said.append(f"Rounding cannot explain {_prompts(drift)}.")
     if near:
-        said.append(
-            f"Rounding explains {'the other ' if drift else ''}{_prompts(near)} that differ{'s' if near == 1 else ''}."
-        )
+        which = "the other " if drift else "all " if near > 1 else "the "
+        said.append(f"Rounding explains {which}{_prompts(near)} that differ{'s' if near == 1 else ''}.")
     if waived:
         said.append(f"{_prompts(waived)} waived: FP32-class compute was observed.")
     if envelope and (drift or near):

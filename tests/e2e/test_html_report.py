@@ -184,8 +184,20 @@ def test_a_margin_plot_shows_the_envelope_and_the_divergence(browser: Browser) -
     row = browser.one(".tokens tr.here")
     course = trace(96, seed=sum(map(ord, "p17")), flip_at=41)
     p = 100 * 2.718281828459045 ** course["logprob"][41]
-    assert row.text.startswith(f"41 ␣eggs ◀ first divergence ▼ another is best, by 0.125\n{p:.3g} % → ")
-    assert "0.0625 → −0.125" in row.text
+    told = " ".join(row.text.split())
+    assert told.startswith(f"41 ␣eggs ◀ first divergence ▼ another is best, by 0.125 {p:.3g} % → ")
+    assert "0.0625 → −0.125" in told
+
+
+@pytest.mark.parametrize(
+    ("gap", "said"), [(0.125, "a near tie, which the two round differently"), (3.0, "suspect what only decoding has")]
+)
+def test_decoding_that_parts_where_the_replay_does_not_is_told(browser: Browser, gap: float, said: str) -> None:
+    course = trace(12, flip_at=5)
+    course["gap"][5], course["gap_now"][5], course["deficit"][5] = gap, gap, 0.0
+    browser.open(report(suite_of(parted("p", trace=course))))
+    text = browser.one(".course").text
+    assert "Decoding parted at token 5" in text and said in text
 
 
 def test_the_plot_is_drawn_anew_for_another_width(browser: Browser) -> None:

@@ -195,6 +195,26 @@ def test_every_state_of_a_suite_has_a_page() -> None:
     assert "golden: was never reviewed" in text and "Every output is the golden's." in text
 
 
+@pytest.mark.parametrize(
+    ("prompts", "said"),
+    [
+        (
+            [parted("a"), parted("b")],
+            "Rounding explains all 2 prompts that differ. It explains a deficit of up to 0.25 nats",
+        ),
+        ([parted("a")], "Rounding explains the 1 prompt that differs."),
+        (
+            [parted("a", Verdict.DRIFT), parted("b"), parted("c")],
+            "cannot explain 1 prompt. Rounding explains the other 2 prompts",
+        ),
+        ([parted("a", Verdict.WAIVED)], "1 prompt waived: FP32-class compute was observed."),
+    ],
+    ids=["near ties", "one", "drift", "waived"],
+)
+def test_why_it_differs_is_said_in_words(prompts: list[PromptResult], said: str) -> None:
+    assert said in page(report(suite_of(*prompts))).body
+
+
 def test_a_prompt_without_a_trace_says_so() -> None:
     bare = {"trace": None, "prompt": "", "golden_full": None, "now_full": None}
     found = page(report(suite_of(parted("p", **bare))))

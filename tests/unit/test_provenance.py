@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import shlex
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -75,6 +76,21 @@ def test_a_finding_names_file_commit_and_what_mends_it() -> None:
     assert found.where == PATH and "commit abc" in found.what
     assert str(digest_of(SECOND))[:19] in found.what and str(digest_of(FIRST))[:19] in found.what
     assert "git checkout abc^ -- golden/s/bf16.golden.*" in found.fix and "pytest-repro review golden/s" in found.fix
+
+
+def test_a_command_that_mends_holds_no_command_of_a_folders_name() -> None:
+    hostile = "golden/$(touch x); y/bf16.golden.jsonl"
+    for bad in (
+        step(FIRST, THIRD, path=hostile),
+        step(FIRST, None, path=hostile),
+        step(FIRST, Version(b"", None), path=hostile),
+    ):
+        (found,) = of_steps([bad])
+        parts = [hostile.removesuffix(".jsonl"), hostile.replace("golden.jsonl", "pending"), "golden/$(touch x); y"]
+        rest = found.fix
+        for part in parts:
+            rest = rest.replace(shlex.quote(part), "")
+        assert "touch" in found.fix and "touch" not in rest
 
 
 def test_a_merge_may_follow_any_parent() -> None:

@@ -166,7 +166,7 @@ def test_no_name_from_a_folder(folder: str) -> None:
 
 
 def test_the_workflow_checks_this_suite() -> None:
-    text = workflow("golden/my-suite", ("fp32", "bf16"), "./.github/actions/repro-check")
+    text = workflow("golden/my-suite", ("fp32", "bf16"), "./.github/actions/repro-check", "vllm")
     for line in (
         "      - uses: ./.github/actions/repro-check",
         '          golden: "golden/my-suite"',
@@ -174,6 +174,8 @@ def test_the_workflow_checks_this_suite() -> None:
         '      - run: pytest-repro verify "golden/my-suite"',
         "          fetch-depth: 0 # pytest-repro verify reads the history of the goldens",
         "  group: repro-${{ github.ref }}",
+        "          key: models-${{ hashFiles('golden/my-suite/suite.toml') }}",
+        '      - run: pip install "pytest-repro[vllm]"',
     ):
         assert line in text.splitlines()
 
@@ -181,6 +183,6 @@ def test_the_workflow_checks_this_suite() -> None:
 @pytest.mark.parametrize("folder", ["golden/${{ x }}", "a;b", "a\nb", "$(id)", "`id`", 'a"b'])
 def test_a_path_that_a_workflow_would_run_is_refused(folder: str) -> None:
     with pytest.raises(ConfigError, match="signs that a workflow gives a meaning to"):
-        workflow(folder, ("fp32",), "./x")
+        workflow(folder, ("fp32",), "./x", "openai")
     with pytest.raises(ConfigError, match="signs that a workflow gives a meaning to"):
-        workflow("golden", ("fp32",), folder)
+        workflow("golden", ("fp32",), folder, "openai")

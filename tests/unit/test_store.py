@@ -13,9 +13,11 @@ from pytest_repro.noise import Envelope
 from pytest_repro.store import (
     GOLDEN,
     PENDING,
+    Committed,
     Place,
     Reviewer,
     accept,
+    agree,
     atomic_write,
     candidates_for,
     find,
@@ -30,6 +32,8 @@ from tests.unit.builders import REVIEW, f32, generation, golden, output, variant
 NEW = replace(
     golden(generation(output("a", [1, 2], gap=[0.5, 0.25]))), review=None, candidate={"against": None, "prompts": []}
 )
+LIMITS = {"max_divergent": 1, "max_unexplained": 0, "accuracy_drop": 2.0, "alpha": 0.05, "length_ratio": [0.9, 1.1],
+          "fp32_waiver": "explained"}  # fmt: skip
 OLD = golden(generation(output("a", [1, 9])))
 
 
@@ -190,6 +194,60 @@ def test_accept_replaces_and_remembers_the_previous_golden(tmp_path: Path) -> No
     taken(put(tmp_path, "bf16", PENDING, NEW))
     found = Place(tmp_path, "bf16").read()
     assert found.generation.tokens.tolist() == [1, 2] and found.review is not None and found.review.previous == before
+
+
+@pytest.mark.parametrize(
+    ("head", "previous"),
+    [
+        (Committed(None), None),
+        (Committed("sha256:committed"), "sha256:committed"),
+        (Committed("sha256:committed", "sha256:before"), "sha256:committed"),
+        (Committed(Golden.digest, "sha256:before"), "sha256:before"),
+    ],
+    ids=["nothing", "another", "one-with-a-history", "the-very-same"],
+)
+def test_accept_follows_what_git_has(tmp_path: Path, head: Committed, previous: str | None) -> None:
+    """What was accepted and never committed is no part of history."""
+    put(tmp_path, "bf16")
+    place = put(tmp_path, "bf16", PENDING, NEW)
+    if head.digest == Golden.digest:
+        head = replace(head, digest=place.read().digest)
+    review = accept(place, Reviewer("Bo", "meant"), head).review
+    assert review is not None and review.previous == previous
+
+
+def test_accept_over_a_damaged_copy_of_what_git_has(tmp_path: Path) -> None:
+    put(tmp_path, "bf16").text.write_text("nonsense")
+    review = accept(put(tmp_path, "bf16", PENDING, NEW), Reviewer("Bo", "meant"), Committed("sha256:c")).review
+    assert review is not None and review.previous == "sha256:c" and "could not be read" in review.reason
+
+
+def test_thresholds_are_put_under_a_review_and_nothing_else_changes(tmp_path: Path) -> None:
+    place = put(tmp_path, "bf16")
+    before = place.read()
+    agree(place, Reviewer("Cy", "coin tosses", limits=LIMITS))
+    after = place.read()
+    assert after.review is not None and after.review.thresholds is not None
+    assert (after.review.thresholds.limits, after.review.thresholds.by) == (LIMITS, "Cy")
+    assert replace(after.review, thresholds=None) == before.review and after.digest == before.digest
+    assert taken(put(tmp_path, "bf16", PENDING, NEW)).review.previous == before.digest  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(
+    ("who", "content", "told"),
+    [
+        (Reviewer("Cy", " ", limits=LIMITS), OLD, "thresholds need a reason"),
+        (Reviewer("Cy", "why"), OLD, "no thresholds are known"),
+        (Reviewer("Cy", "why", limits=LIMITS), replace(OLD, review=None), "nobody accepted this golden"),
+    ],
+    ids=["no-reason", "no-thresholds", "unreviewed"],
+)
+def test_thresholds_that_cannot_be_sealed(tmp_path: Path, who: Reviewer, content: Golden, told: str) -> None:
+    place = put(tmp_path, "bf16", GOLDEN, content)
+    before = place.text.read_bytes()
+    with pytest.raises((ConfigError, GoldenError), match=told):
+        agree(place, who)
+    assert place.text.read_bytes() == before
 
 
 @pytest.mark.parametrize("reason", ["", " \n"], ids=["empty", "blank"])

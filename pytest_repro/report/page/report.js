@@ -48,6 +48,11 @@
         flips.slice(0, 20).map((i) => `${i} (by ${short(data.deficit[i])})`).join(", ") + (flips.length > 20 ? " …" : ".")
       : data.deficit.some(known) ? "The golden's token is the best one wherever that was seen."
         : "Which token is the best one now was not seen."));
+    if (known(data.at) && data.deficit[data.at] === 0) {
+      place.append(make("p", { class: "small" }, `Decoding parted at token ${data.at}, where the replay drawn here still prefers the golden's token: ` +
+        (known(data.gap[data.at]) && data.gap[data.at] <= data.envelope ? "a near tie, which the two round differently."
+          : "no near tie, so suspect what only decoding has (KV cache, sampler, stop rules).")));
+    }
     if (known(data.at)) {
       place.append(make("h4", {}, "Around the first divergence: probabilities then → now"),
         scrolled("tokens around the first divergence", tokens(data, Math.max(0, start - AROUND), Math.min(count, start + AROUND + 1))));
@@ -89,8 +94,8 @@
       const said = (here ? " ◀ first divergence" : "") + (flipped(data, i) ? ` ▼ another is best, by ${short(data.deficit[i])}` : "");
       body.append(make("tr", here ? { class: "here" } : {},
         make("th", { scope: "row" }, String(i)),
-        make("td", {}, make("span", { class: "t" }, data.tokens[i]), said, make("span", { class: "p" }, `${p.then} → ${p.now}`)),
-        make("td", {}, make("span", { class: "t" }, data.runner_up[i]), make("span", { class: "p" }, `${p.runnerThen} → ${p.runnerNow}`)),
+        make("td", {}, make("span", { class: "t" }, data.tokens[i]), said, " ", make("span", { class: "p" }, `${p.then} → ${p.now}`)),
+        make("td", {}, make("span", { class: "t" }, data.runner_up[i]), " ", make("span", { class: "p" }, `${p.runnerThen} → ${p.runnerNow}`)),
         make("td", {}, `${short(data.gap[i])} → ${short(data.gap_now[i])}`),
         make("td", { class: "n" }, short(data.dlogp[i]))));
     }
@@ -120,11 +125,13 @@
     const high = Math.max(1.4, ...values), low = Math.min(-1.4, ...values);
     const y = (v) => TOP + ((high - bend(v)) / (high - low)) * (HEIGHT - TOP - BOTTOM);
     const ticks = [0, unit, -unit];
-    for (let power = -12; power <= 3; power++) ticks.push(10 ** power, -(10 ** power));
+    for (const first of [1, 5, 2]) {  // powers of ten before what stands between them
+      for (let power = -12; power <= 3; power++) ticks.push(first * 10 ** power, -first * 10 ** power);
+    }
     const shown = [];
     for (const v of ticks) {
       if (bend(v) > high || bend(v) < low || (Math.abs(v) < unit && v !== 0)) continue;
-      if (shown.every((other) => Math.abs(y(other) - y(v)) >= 14)) shown.push(v);
+      if (shown.every((other) => Math.abs(y(other) - y(v)) >= 18)) shown.push(v);
     }
     return { y, ticks: shown };
   }

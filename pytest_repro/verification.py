@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
+from shlex import quote
 
 from . import numerics, store
 from .errors import ConfigError, GoldenError
@@ -18,7 +19,7 @@ from .suite import Thresholds, defaults_around, defaults_of, load, thresholds_in
 
 
 @dataclass(frozen=True)
-class Audit:
+class Verification:
     """What was looked at, and what does not hold."""
 
     base: Base
@@ -27,7 +28,7 @@ class Audit:
     findings: tuple[Finding, ...]
 
 
-def verify(path: Path, base: str | None, environment: Mapping[str, str]) -> Audit:
+def verify(path: Path, base: str | None, environment: Mapping[str, str]) -> Verification:
     """Hold every golden below a path against its digest, its review, git, and the thresholds that were accepted.
 
     Args:
@@ -55,7 +56,7 @@ def verify(path: Path, base: str | None, environment: Mapping[str, str]) -> Audi
         *_of_pending(history, under),
         *(finding for place in places for finding in _of_thresholds(place, history, since)),
     ]
-    return Audit(since, len(places), len(steps), tuple(dict.fromkeys(findings)))
+    return Verification(since, len(places), len(steps), tuple(dict.fromkeys(findings)))
 
 
 def _of_files(places: list[Place], history: History, under: str) -> Iterator[Finding]:
@@ -72,19 +73,25 @@ def _of_files(places: list[Place], history: History, under: str) -> Iterator[Fin
                 yield Finding("unreviewed", shown, "nobody accepted this golden", _anew(place))
         if {history.within(file) for file in (place.text, place.numbers)} & loose:
             yield Finding(
-                "uncommitted", shown, "git does not have it as it lies here", f"git add {shown[:-5]}*, git commit"
+                "uncommitted",
+                shown,
+                "git does not have it as it lies here",
+                f"git add {quote(shown[:-6])}.*, git commit",
             )
 
 
 def _anew(place: Place) -> str:
-    return f"pytest --repro-update {typed(place.folder)}, then pytest-repro review {typed(place.folder)}"
+    folder = quote(typed(place.folder))
+    return f"pytest --repro-update {folder}, then pytest-repro review {folder}"
 
 
 def _of_pending(history: History, under: str) -> Iterator[Finding]:
     for path in history.files("HEAD", under):
         if path.endswith((f"{PENDING}.jsonl", f"{PENDING}.safetensors")):
             shown = typed(history.root / path)
-            yield Finding("pending", shown, "a pending golden was committed", f"git rm --cached {shown}, and review it")
+            yield Finding(
+                "pending", shown, "a pending golden was committed", f"git rm --cached {quote(shown)}, and review it"
+            )
 
 
 def _of_thresholds(place: Place, history: History, base: Base) -> Iterator[Finding]:
@@ -99,10 +106,8 @@ def _of_thresholds(place: Place, history: History, base: Base) -> Iterator[Findi
     for cls, base_of_class in then.items():
         agreed = golden.review.thresholds if cls == golden.compute_class else None
         if looser := loosened_since(agreed, base_of_class, _of_class(now, cls), prompts):
-            seal = f'pytest-repro accept {shown} --thresholds --reason "..."'
-            record = (
-                f"pytest --repro-update {typed(place.folder)} --repro-numerics {cls}: a golden of its own holds them"
-            )
+            seal = f'pytest-repro accept {quote(shown)} --thresholds --reason "..."'
+            record = f"pytest --repro-update {quote(typed(place.folder))} --repro-numerics {cls}: a golden of its own holds them"
             yield Finding(
                 "thresholds",
                 shown,
