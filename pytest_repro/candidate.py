@@ -15,8 +15,14 @@ from .golden import Golden
 from .verdict import Evidence, judge
 
 
-def with_notes(golden: Golden, previous: Golden | None) -> Golden:
-    """A candidate with what a reviewer must know: how each prompt compares with the golden it would replace."""
+def with_notes(golden: Golden, previous: Golden | None, said: Mapping[str, float] | None = None) -> Golden:
+    """A candidate with what a reviewer must know: how each prompt compares with the golden it would replace.
+
+    Args:
+        golden: the candidate.
+        previous: the golden that it would replace.
+        said: prompt id -> a deficit that somebody claims; it counts where the two files do not hold it.
+    """
     if previous is None:
         return replace(golden, candidate={"against": None, "prompts": []})
     there = set(previous.generation.ids)
@@ -26,6 +32,8 @@ def with_notes(golden: Golden, previous: Golden | None) -> Golden:
     rows: list[dict[str, Any]] = []
     for i, name in enumerate(seen.ids):
         row = seen.row(i)
+        if row.divergence_index >= 0 and not np.isfinite(row.deficit) and said and name in said:
+            row = replace(row, deficit=said[name])
         evidence = Evidence(
             differs=row.divergence_index >= 0,
             deficit=row.deficit,

@@ -384,6 +384,10 @@ def _numbers(
         found = tensors.get(name)
         if found is None or found.shape != shape or (name == "offsets" and not np.array_equal(found, expected)):
             raise GoldenError(f"text and binary parts disagree about {name}", where=binary, fix=regenerate)
+    largest = max((variant["max_abs_dlogp"] for variant in header["noise"]["variants"]), default=np.inf)
+    if np.any(tensors["noise.prompt_level"] > 1.001 * largest):  # float32 holds the one, JSON the other
+        what = f"a prompt's noise level exceeds {largest:g}, the largest difference that was measured"
+        raise GoldenError(what, where=f"{binary} [noise.prompt_level]", fix=regenerate)
     return tensors
 
 

@@ -106,6 +106,7 @@ def pytest_configure(config: pytest.Config) -> None:
         _refuse_unsafe_update(config)
         _refuse_shared_gpus(config)
         config.stash[STATE] = _session(config)
+        config.pluginmanager.register(_OtherFailures(config.stash[STATE]), "repro-other-failures")
         _add_suites(config)
         return
     given = [a.partition("=")[0] for a in config.invocation_params.args if str(a).startswith("--repro-")]
@@ -171,6 +172,17 @@ def _refuse_unsafe_update(config: pytest.Config) -> None:
             f"--repro-update under CI (the environment variable {ci} is set): goldens are recorded by people and reviewed. "
             "mend: record locally, or use --repro-check --repro-pending-dir DIR and upload DIR"
         )
+
+
+class _OtherFailures:
+    """Counts tests that fail beside the suites' own: what a gate on drift alone must not forgive."""
+
+    def __init__(self, state: Session) -> None:
+        self.state = state
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.failed and f"{SUITE_FILE}::" not in report.nodeid:
+            self.state.other_failures += 1
 
 
 def _add_suites(config: pytest.Config) -> None:
@@ -395,7 +407,7 @@ def _write_reports(config: pytest.Config, state: Session) -> None:
         return
     from .report import document
 
-    found = document.of_session(list(state.suites.values()), state.recordings)
+    found = document.of_session(list(state.suites.values()), state.recordings, state.other_failures)
     if path := config.option.repro_report_json:
         document.write(Path(path), found)
     if path := config.option.repro_report_html:

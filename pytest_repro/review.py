@@ -17,6 +17,9 @@ from .text import inert
 from .verdict import Verdict, failures
 from .wording import word_diff
 
+LEVEL_GREW = 3.0
+"""Times that one prompt's noise level may grow unremarked: another text has another level."""
+
 
 def commit_of(folder: Path) -> str | None:
     """The commit that is checked out around a folder."""
@@ -50,16 +53,16 @@ def summary(place: Place) -> dict[str, Any]:
 def notes_on(new: Golden, old: Golden | None) -> dict[str, dict[str, Any]]:
     """What changed, by the two goldens themselves.
 
-    The notes in a candidate are outside its digest. They know deficits that the files do not hold, and are believed
-    where they agree with the files about what differs and where.
+    The notes in a candidate are outside its digest, and may come from anybody. Of them only a deficit is taken, where the
+    files do not hold it, and it is shown as what the run says; what differs and the verdict are judged here.
     """
-    seen = {note["id"]: note for note in (candidate.with_notes(new, old).candidate or {})["prompts"]}
-    for note in (new.candidate or {}).get("prompts", []):
-        mine = seen.get(str(note.get("id")), {})
-        same = all(mine.get(key) == note.get(key) for key in ("divergence_index", "golden_gap"))
-        if mine.get("divergence_index") is not None and same and set(mine) == set(note):
-            seen[note["id"]] = note
-    return seen
+    notes = (new.candidate or {}).get("prompts", [])
+    said = {note["id"]: float(note["deficit"]) for note in notes if note.get("deficit") is not None}
+    by_files = {note["id"]: note for note in (candidate.with_notes(new, old).candidate or {})["prompts"]}
+    seen = {note["id"]: note for note in (candidate.with_notes(new, old, said).candidate or {})["prompts"]}
+    return {
+        name: {**note, "claimed": note.get("deficit") != by_files[name].get("deficit")} for name, note in seen.items()
+    }
 
 
 def changes(place: Place) -> dict[str, Any]:
@@ -140,7 +143,19 @@ def _envelope(old: Golden | None, new: Golden) -> list[dict[str, Any]]:
     measures = [
         (name, getattr(old.noise, name), getattr(new.noise, name)) for name in ("mean_abs_dlogp", "max_deficit")
     ]
-    return [{"measure": name, "golden": then, "now": now} for name, then, now in measures if now > 1.5 * then]
+    grown = [{"measure": name, "golden": then, "now": now} for name, then, now in measures if now > 1.5 * then]
+    return grown + _grown_levels(old, new)
+
+
+def _grown_levels(old: Golden, new: Golden) -> list[dict[str, Any]]:
+    """The prompt whose own noise level grew most, if by much: the level is what its text as a whole is held against."""
+    then, now = old.generation.index(), new.generation.index()
+    levels = [(name, old.noise.level(then[name]), new.noise.level(now[name])) for name in now if name in then]
+    known = [(after / before, name, before, after) for name, before, after in levels if before > 0 and after > 0]
+    most = max(known, default=(0.0, "", 0.0, 0.0))
+    if most[0] <= LEVEL_GREW:
+        return []
+    return [{"measure": f"level of prompt {most[1]}", "golden": most[2], "now": most[3]}]
 
 
 def _compared(old: Golden | None, new: Golden, trouble: str, found: Mapping[str, Any]) -> list[str]:
@@ -169,6 +184,7 @@ def _prompt(name: str, old: Golden | None, new: Golden, note: dict[str, Any]) ->
     numbers = ""
     if note.get("divergence_index") is not None:
         deficit = "unknown" if note["deficit"] is None else f"{note['deficit']:.3g}"
+        deficit += " (as its run says)" if note["claimed"] else ""
         gap = "" if note["golden_gap"] is None else f", golden's gap {note['golden_gap']:.3g}"
         numbers = f"  diverges at token {note['divergence_index']}: deficit {deficit}{gap}"
     then, now = _text(old, name), _text(new, name)

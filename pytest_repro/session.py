@@ -43,6 +43,8 @@ class Session:
         self.recorded: dict[str, str] = {}
         """Goldens that this run recorded, and in which mode."""
         self.recordings: list[dict[str, Any]] = []
+        self.other_failures = 0
+        """Tests that failed beside the suites' own items."""
 
     @property
     def paths(self) -> list[Path]:

@@ -142,7 +142,7 @@ def accept(
     as_json: AsJson = False,
 ) -> None:
     """Accept pending goldens without a terminal: --all and a reason. Or, with --thresholds, what loosened since."""
-    done = _agreed(path, reason) if thresholds else _accepted(path, reason, every)
+    done = _agreed(path, reason) if thresholds else _accepted(path, reason, every, as_json)
     if as_json:
         as_data([_told(place, golden) for place, golden in done])
         return
@@ -150,13 +150,17 @@ def accept(
         say(f"accepted {place.text}  ({golden.review.by if golden.review else ''})", "green")
 
 
-def _accepted(path: Path, reason: str, every: bool) -> list[tuple[Place, Golden]]:
+def _accepted(path: Path, reason: str, every: bool, quiet: bool) -> list[tuple[Place, Golden]]:
     found = _chosen(path, every, "accept")
     _refuse_parts(found)
-    return [(place.other, _accept(place, reason)) for place in found]
+    return [(place.other, _accept(place, reason, quiet)) for place in found]
 
 
-def _accept(place: Place, reason: str) -> Golden:
+def _accept(place: Place, reason: str, quiet: bool = False) -> Golden:
+    """Accepted, once it was said what it changes: loosened thresholds and a wider envelope above all."""
+    if not quiet and reason.strip():
+        for line in [str(place.text), *review.changes(place)["head"]]:
+            say(line)
     return store.accept(place, _reviewer(place, reason), verification.head_of(place))
 
 
@@ -235,7 +239,7 @@ def review_command(path: Where = Path("golden")) -> None:
         _show_change(place)
         answer = answer if answer in ("A", "R", "S") else _ask()
         if answer.lower() == "a":
-            _accept(place, typer.prompt("reason"))
+            _accept(place, typer.prompt("reason"), quiet=True)  # it was shown above
         elif answer.lower() == "r":
             place.remove()
         console.print({"a": "accepted", "r": "rejected", "s": "skipped"}[answer.lower()])

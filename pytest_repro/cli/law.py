@@ -98,7 +98,9 @@ def loss(
     critical = capybara.critical_tokens(params, exponent, mantissa, block)
     lines = [
         f"loss {total:.4f} nats a token, of which E{exponent}M{mantissa} costs {cost:.2g}",
-        f"more data helps up to {_short(critical)} tokens",
+        f"more data helps up to {_short(critical)} tokens"
+        if math.isfinite(critical)
+        else "block 1: nothing is quantised",
     ]
     _tell({"loss": total, "penalty": cost, "critical_tokens": _finite(critical)}, lines, beyond, as_json)
 

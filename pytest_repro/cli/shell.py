@@ -50,6 +50,10 @@ def reported(command: Callable[..., Any]) -> Callable[..., Any]:
             if exc.fix:
                 errors.print(Text(inert(f"mend:  {exc.fix}")))
             raise typer.Exit(2) from None
+        except OSError as exc:
+            where = f"{exc.filename}: " if exc.filename else ""
+            errors.print(Text(inert(f"error: {where}{exc.strerror or exc}"), style="red"))
+            raise typer.Exit(2) from None
 
     return run
 

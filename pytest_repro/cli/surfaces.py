@@ -123,7 +123,8 @@ def _github(files: Sequence[Path], exit_code: int | None) -> int:
     if exit_code not in (None, 1 if failed else 0):
         problems.append(f"pytest ended with exit code {exit_code}, which is not what its report says: see its log")
     _write_summary(suites, problems, ", ".join(file.name for file in files))
-    values = github.outputs(suites, ended=not problems, report=str(files[0]))
+    others = 0 if problems else sum(map(document.other_failures, files))
+    values = github.outputs(suites, ended=not problems, report=str(files[0]), others=others)
     _append("GITHUB_OUTPUT", github.output_lines(values))
     repository = Path(os.environ.get("GITHUB_WORKSPACE") or Path.cwd())
     told = [github.problem(text) for text in problems] + github.errors(suites, Path.cwd(), repository)

@@ -42,6 +42,7 @@ def of_suite(result: SuiteResult) -> Document:
         "observed": dict(result.observed) if result.observed else None,
         "golden": dict(result.golden) if result.golden else None,
         "size": result.size,
+        "shard_size": result.shard_size,
         "counts": {str(verdict): n for verdict, n in result.counts.items()},
         "failures": [failure.rule for failure in failures],
         "thresholds": asdict(result.thresholds),
@@ -75,8 +76,10 @@ def of_recording(recording: Recording) -> Document:
     return asdict(recording)
 
 
-def of_session(suites: Sequence[Mapping[str, Any]], recordings: Sequence[Mapping[str, Any]]) -> Document:
-    """A whole session."""
+def of_session(
+    suites: Sequence[Mapping[str, Any]], recordings: Sequence[Mapping[str, Any]], other_failures: int = 0
+) -> Document:
+    """A whole session; `other_failures` counts tests that failed beside the suites' own."""
     first: Mapping[str, Any] = next((s["environment"] for s in (*suites, *recordings) if s["environment"]), {})
     return {
         "schema": SCHEMA,
@@ -85,6 +88,7 @@ def of_session(suites: Sequence[Mapping[str, Any]], recordings: Sequence[Mapping
         "environment": first,
         "suites": list(suites),
         "recordings": list(recordings),
+        "other_failures": other_failures,
     }
 
 
@@ -92,8 +96,37 @@ def read(path: Path) -> list[SuiteResult]:
     """The suites of a report, as results again.
 
     Raises:
-        ConfigError: it is not a report of this schema, or holds no check.
+        ConfigError: it is not a report of this schema, holds no check, or says what does not follow from its prompts.
     """
+    data = _loaded(path)
+    if not data["suites"]:
+        raise ConfigError("this report holds no check", where=path, fix=_MADE_BY)
+    return [_agreeing(_result(suite, str(path)), suite, str(path)) for suite in data["suites"]]
+
+
+def other_failures(path: Path) -> int:
+    """Tests that failed beside the suites' own.
+
+    Raises:
+        ConfigError: it is not a report of this schema.
+    """
+    return int(_loaded(path)["other_failures"])
+
+
+def _agreeing(result: SuiteResult, suite: Mapping[str, Any], where: str) -> SuiteResult:
+    """The result, if its prompts, checks and thresholds come to the verdict and the counts that the report states."""
+    again = of_suite(result)
+    for key in ("verdict", "counts", "failures"):
+        if again[key] != suite[key]:
+            raise ConfigError(
+                f"this report does not agree with itself: it says {json.dumps(suite[key])}, its prompts say {json.dumps(again[key])}",
+                where=f"{where} [{suite['path']} {suite['numerics']} {key}]",
+                fix=_MADE_BY,
+            )
+    return result
+
+
+def _loaded(path: Path) -> dict[str, Any]:
     try:
         data = schemas.parse(path.read_bytes().decode("utf-8"))
     except FileNotFoundError:
@@ -107,9 +140,8 @@ def read(path: Path) -> list[SuiteResult]:
     if error is not None:
         name = ".".join(map(str, error.absolute_path))
         raise ConfigError(schemas.describe(error), where=f"{path} [{name}]", fix=_MADE_BY)
-    if not data["suites"]:
-        raise ConfigError("this report holds no check", where=path, fix=_MADE_BY)
-    return [_result(suite, str(path)) for suite in data["suites"]]
+    loaded: dict[str, Any] = data
+    return loaded
 
 
 def _result(suite: Mapping[str, Any], where: str) -> SuiteResult:
@@ -123,7 +155,7 @@ def _result(suite: Mapping[str, Any], where: str) -> SuiteResult:
         checks=tuple(Check(**check) for check in suite["checks"]),
         claimed=suite["claimed_compute"],
         shard=parse_shard(suite["shard"], where=f"{where} [shard]") if suite["shard"] else None,
-        shard_size=len(suite["prompts"]),
+        shard_size=suite["shard_size"],
         settings=suite["settings"],
         golden=suite["golden"],
         observed=suite["observed"],

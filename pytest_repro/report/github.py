@@ -32,19 +32,20 @@ Spot = tuple[str, int]
 # --- outputs --------------------------------------------------------------------------------------------------------
 
 
-def outputs(suites: Sequence[Suite], *, ended: bool, report: str) -> dict[str, str]:
+def outputs(suites: Sequence[Suite], *, ended: bool, report: str, others: int) -> dict[str, str]:
     """The outputs of a step.
 
     Args:
         suites: of the reports that could be read.
         ended: whether every check came to its end, so that the reports are the whole answer.
         report: the report's path.
+        others: tests that failed beside the suites' own.
     """
     failed = [suite for suite in suites if suite["verdict"] == "fail"]
     return {
         "verdict": ("fail" if failed else "pass") if ended else "error",
         **{verdict: str(n) for verdict, n in markdown.counted(suites).items()},
-        "only_drift": str(bool(failed) and ended and all(map(_only_drift, failed))).lower(),
+        "only_drift": str(bool(failed) and ended and not others and all(map(_only_drift, failed))).lower(),
         "failed_suites": json.dumps([inert(f"{suite['path']} [{suite['numerics']}]") for suite in failed]),
         "report_path": inert(report),
     }

@@ -106,6 +106,12 @@ def test_drift_alone_may_be_let_through(accepted: Project, case: str) -> None:
     assert "FAIL" in done.summary.splitlines()[0]
 
 
+def test_another_test_that_failed_is_not_let_through_with_the_drift(accepted: Project) -> None:
+    accepted.flip("b", DRIFT).write("test_own.py", "def test_own():\n    assert False\n")
+    done = job(accepted).run(fail_on_drift="false", arguments="test_own.py")
+    assert done.failed == ["Verdict"] and done.outputs["only-drift"] == "false"
+
+
 def test_what_is_waived_passes_and_is_told(project: Project) -> None:
     project.suite(run={"numerics": ["fp32"]}).update().accept().flip("a", NEAR_TIE)
     done = job(project).run()

@@ -282,6 +282,9 @@ def test_loosened_thresholds_are_shown_before_they_are_accepted(repository: Any)
     assert change["thresholds_loosened"] == ["max_divergent 0 -> 4"]
     assert change["counts"] == {"drift": 1, "identical": 3} and change["replaces"] == project.header()["digest"]
     assert change["beyond_thresholds"] == ["unexplained 1 > max_unexplained 0"]
+    done = run("accept", "golden", "--all", "--reason", "a is a coin toss")
+    assert "THRESHOLDS LOOSENED" in done.stdout and "verdict   1 drift · 3 identical" in done.stdout
+    assert done.stdout.index("THRESHOLDS LOOSENED") < done.stdout.index("accepted golden/demo/bf16.golden.jsonl")
 
 
 def test_accuracy_and_envelope_before_and_after(project: Project, run: Callable[..., Result]) -> None:
@@ -294,7 +297,7 @@ def test_accuracy_and_envelope_before_and_after(project: Project, run: Callable[
     assert "the noise envelope grew: max_deficit 0.1 -> 0.5" in shown.stdout
     (change,) = data(run("diff", "--as-json"))
     assert (change["accuracy"]["lost"], change["accuracy"]["n"]) == (1, 3)
-    assert [g["measure"] for g in change["envelope_grew"]] == ["mean_abs_dlogp", "max_deficit"]
+    assert [g["measure"] for g in change["envelope_grew"]] == ["mean_abs_dlogp", "max_deficit", "level of prompt c"]
 
 
 @pytest.mark.parametrize(
@@ -318,6 +321,14 @@ def test_walking_through_at_a_terminal(
     assert [file.stem for file in sorted(project.folder.glob("*.*.jsonl"))] == left
     for stem in (stem for stem in left if stem.endswith("golden")):
         assert project.header(stem)["review"]["thresholds"]["limits"]["max_divergent"] == 0
+
+
+def test_a_file_that_cannot_be_opened_is_bad_input(project: Project, run: Callable[..., Result]) -> None:
+    project.suite().update()
+    (project.folder / "bf16.pending.safetensors").unlink()
+    (project.folder / "bf16.pending.safetensors").mkdir()
+    result = run("diff", "golden")
+    assert result.exit_code == 2 and "bf16.pending.safetensors: Is a directory" in result.stderr
 
 
 def test_every_command_speaks_json(accepted: Project, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -331,8 +331,8 @@ def elements(browser: Browser) -> dict[str, int]:
 
 
 def unbroken(text: str) -> str:
-    """Text without the signs of its blanks and breaks, which whole texts show otherwise than tokens."""
-    return text.replace("⏎", "").replace("\n", "").replace("␣", " ")
+    """Text without the signs of its blanks and breaks: whole texts show them otherwise than tokens, and break lines first."""
+    return text.replace("⏎", "").replace("\n", "").replace("␣", " ").replace(":\\x3a", "::")
 
 
 def alone() -> dict[str, Any]:

@@ -52,7 +52,7 @@ def _remote(_accepted_once: Project, tmp_path_factory: pytest.TempPathFactory) -
     subprocess.run(["git", "init", "-q", "--bare", "-b", "main", "remote.git"], cwd=root, check=True)
     shutil.copytree(_accepted_once.root, root / "seed" / "project")
     seed = Clone(root / "seed")
-    seed.name, seed.rows = "demo", _accepted_once.rows
+    seed.name, seed.rows = "demo", dict(_accepted_once.rows)
     seed.git("init", "-q", "-b", "main")
     seed.write(".gitignore", "__pycache__/\nleft/\n").commit("The first golden")
     seed.git("push", "-q", str(root / "remote.git"), "main")

@@ -42,7 +42,7 @@ def checked(tmp_path_factory: pytest.TempPathFactory) -> suite.Suite:
     (folder / "prompts.jsonl").write_text("".join(f'{{"id": "{n}", "prompt": "Count to {n}"}}\n' for n in "123"))
     loaded = suite.load(folder)
     gate.record(loaded, "fp32", gate.Options())
-    store.accept(store.Place(folder, "fp32", store.PENDING), by="Ada", reason="a test's own", commit=None)
+    store.accept(store.Place(folder, "fp32", store.PENDING), store.Reviewer("Ada", "a test's own"))
     return loaded
 
 

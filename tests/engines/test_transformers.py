@@ -183,7 +183,7 @@ def test_a_prompt_longer_than_the_context_is_not_recorded(tmp_path: Path) -> Non
     )
     (folder / "p.jsonl").write_text('{"id": "a", "prompt": "short"}\n')
     gate.record(suite.load(folder), "bf16", gate.Options())
-    store.accept(store.Place(folder, "bf16", store.PENDING), by="a test", reason="a test", commit=None)
+    store.accept(store.Place(folder, "bf16", store.PENDING), store.Reviewer("a test", "a test"))
     golden = store.Place(folder, "bf16").text.read_text()
     (folder / "p.jsonl").write_text('{"id": "a", "prompt": "short"}\n{"id": "b", "prompt": "' + "long " * 20 + '"}\n')
     with pytest.raises(ConfigError, match="exceed the model's context of 64"):

@@ -287,6 +287,13 @@ def test_parts_that_disagree(change: Callable[[dict[str, Any]], None], name: str
     assert caught.value.where == BINARY
 
 
+def test_a_level_that_nothing_measured_explains_is_refused() -> None:
+    """A prompt's noise level is a mean over tokens, so the largest difference of any token bounds it."""
+    with pytest.raises(GoldenError, match="exceeds 1, the largest difference") as caught:
+        read(*with_numbers(lambda t: t.update({"noise.prompt_level": f32([0.5, 7.0, 0.5])})))
+    assert caught.value.where == f"{BINARY} [noise.prompt_level]"
+
+
 @pytest.mark.parametrize("numbers", [b"", b"not safetensors", b"\xff" * 64], ids=["empty", "words", "huge-header"])
 def test_a_foreign_binary_part_that_is_signed_for(numbers: bytes) -> None:
     with pytest.raises(GoldenError, match="the binary part cannot be read"):

@@ -94,14 +94,15 @@ def test_an_annotation_points_at_no_file_outside_of_the_repository(tmp_path: Pat
 
 
 def test_outputs_say_what_only_drifted() -> None:
-    def only_drift(*results: SuiteResult, ended: bool = True) -> str:
-        return github.outputs(suites(*results), ended=ended, report="r")["only_drift"]
+    def only_drift(*results: SuiteResult, ended: bool = True, others: int = 0) -> str:
+        return github.outputs(suites(*results), ended=ended, report="r", others=others)["only_drift"]
 
     unreviewed = suite_result(judged("a"), checks=(Check("golden", "fail", "never reviewed"),))
     worse = suite_result(judged("a"), checks=(Check("accuracy", "fail", "lost"),))
     missing = suite_result(PromptResult("a", Verdict.MISSING))
     assert only_drift(drifted()) == only_drift(worse) == only_drift(worse, CALM) == "true"
     assert only_drift(drifted(), unreviewed) == only_drift(missing) == only_drift(CALM) == "false"
+    assert only_drift(drifted(), others=1) == "false", "another test of the same run failed too"
     assert only_drift(drifted(), ended=False) == "false"
 
 
@@ -202,15 +203,32 @@ def test_several_reports_are_one_summary(report: Path) -> None:
     assert code == 2 and "2 reports" in said
 
 
-def test_a_report_is_judged_by_its_own_numbers(report: Path) -> None:
+@pytest.mark.parametrize(
+    ("edit", "told"),
+    [
+        (
+            {"verdict": "pass"},
+            'verdict]: this report does not agree with itself: it says "pass", its prompts say "fail"',
+        ),
+        ({"failures": []}, "failures]"),
+        ({"counts": {"identical": 4}}, "counts]"),
+        ({"thresholds": {"max_divergent": 3, "max_unexplained": 3}}, "verdict]"),
+    ],
+)
+def test_a_report_that_does_not_agree_with_itself_is_no_report(report: Path, edit: dict[str, Any], told: str) -> None:
     data = json.loads(report.read_text())
-    data["verdict"] = data["suites"][0]["verdict"] = "pass"
-    data["suites"][0]["failures"] = []
-    data["suites"][0]["counts"] = {"identical": 4}
-    for prompt in data["suites"][0]["prompts"]:
-        prompt["fails"] = None
+    before = data["suites"][0]
+    edit = {**edit, "thresholds": {**before["thresholds"], **edit.get("thresholds", {})}}
+    data["suites"][0] = {**before, **edit}
     report.write_text(json.dumps(data))
-    assert ask("report.json")[1].startswith("## pytest-repro: FAIL\n\n1 of 1 suites fail: 1 identical · 3 drift")
+    code, said = ask("report.json")
+    assert code == 2 and f"report.json [golden/s bf16 {told}" in said.replace("\n", "")
+
+
+def test_tests_that_failed_beside_the_suites_are_counted(tmp_path: Path) -> None:
+    file = tmp_path / "r.json"
+    document.write(file, document.of_session(suites(drifted()), [], 2))
+    assert document.other_failures(file) == 2 and [s.path for s in document.read(file)] == ["golden/s"]
 
 
 BAD = {

@@ -1,0 +1,89 @@
+"""What a reviewer is shown: judged from the two goldens, whatever the candidate says of itself."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pytest_repro import golden as wire
+from pytest_repro.candidate import with_notes
+from pytest_repro.errors import GoldenError
+from pytest_repro.golden import Golden
+from pytest_repro.noise import Envelope
+from pytest_repro.review import changes, notes_on
+from pytest_repro.store import PENDING, Place
+from tests.unit.builders import f32, generation, golden, output, variant, write_suite
+
+OLD = golden(generation(output("a", [1, 2, 3], gap=[1, 0.5, 1]), output("b", [4, 5])))
+NEW = golden(generation(output("a", [1, 9, 3]), output("b", [4, 5])))
+"""`a` takes another token; how far behind the golden's was, no file says."""
+
+
+def noted(**says: Any) -> Golden:
+    """NEW, whose notes say something else of `a`."""
+    made = with_notes(NEW, OLD)
+    assert made.candidate is not None
+    first, *others = made.candidate["prompts"]
+    return replace(made, candidate={**made.candidate, "prompts": [{**first, **says}, *others]})
+
+
+def test_what_the_run_watched_is_taken_and_named_as_such() -> None:
+    assert notes_on(noted(), OLD)["a"]["deficit"] is None
+    seen = notes_on(noted(deficit=0.125), OLD)
+    assert (seen["a"]["verdict"], seen["a"]["deficit"], seen["a"]["claimed"]) == ("near_tie", 0.125, True)
+    assert (seen["b"]["verdict"], seen["b"]["claimed"]) == ("identical", False)
+
+
+@pytest.mark.parametrize(
+    "says",
+    [
+        {"verdict": "identical", "reason": ""},
+        {"divergence_index": None, "verdict": "identical", "reason": ""},
+        {"deficit": 3.5, "verdict": "near_tie", "reason": "rounding explains it"},
+        {"golden_gap": 0.0, "mean_abs_dlogp": 0.0, "verdict": "near_tie"},
+    ],
+)
+def test_a_verdict_in_the_notes_is_not_believed(says: dict[str, Any]) -> None:
+    """Whoever offers a candidate can write its notes; the two goldens say what differs, and the envelope how far."""
+    seen = notes_on(noted(**says), OLD)["a"]
+    assert (seen["verdict"], seen["divergence_index"], seen["golden_gap"]) == ("drift", 1, 0.5)
+    assert seen["reason"].startswith(("its deficit is unknown", "the deficit 3.5 exceeds"))
+
+
+def test_a_deficit_that_the_files_hold_needs_no_notes() -> None:
+    old = golden(generation(output("a", [1, 9, 3], gap=[1, 0.5, 1], runner_up=[7, 2, 7]), output("b", [4, 5])))
+    new = golden(generation(output("a", [1, 2, 3], gap=[1, 2, 1], runner_up=[7, 9, 7]), output("b", [4, 5])))
+    made = with_notes(new, old)
+    assert made.candidate is not None and made.candidate["prompts"][0]["deficit"] == 2
+    lied = {**made.candidate["prompts"][0], "deficit": 0.0, "verdict": "near_tie"}
+    told = replace(made, candidate={**made.candidate, "prompts": [lied]})
+    assert (notes_on(told, old)["a"]["verdict"], notes_on(told, old)["a"]["deficit"]) == ("drift", 2)
+
+
+@pytest.mark.parametrize(
+    "note",
+    [{"deficit": -1.0}, {"deficit": "none"}, {"divergence_index": 1.5}, {"shown": "so"}, {"verdict": None}],
+    ids=lambda note: next(iter(note)),
+)
+def test_notes_have_a_form(note: dict[str, Any]) -> None:
+    with pytest.raises(GoldenError, match=next(iter(note))):
+        wire.decode(*wire.encode(noted(**note)), "golden/s/bf16.pending.jsonl")
+
+
+def levels(*of_prompts: float) -> Golden:
+    return replace(OLD, noise=Envelope("bf16", (variant(max_abs_dlogp=64.0),), f32(of_prompts)))
+
+
+@pytest.mark.parametrize(("now", "told"), [((0.5, 2.0), ["level of prompt b"]), ((0.5, 0.7), []), ((0.01, 0.01), [])])
+def test_one_prompts_level_that_grew_much_is_named(tmp_path: Path, now: tuple[float, float], told: list[str]) -> None:
+    """The largest of all may stay as it was while one prompt's grows."""
+    folder = write_suite(tmp_path / "s")
+    Place(folder, "bf16").write(levels(0.5, 0.5))
+    pending = Place(folder, "bf16", PENDING)
+    pending.write(with_notes(levels(*now), levels(0.5, 0.5)))
+    found = changes(pending)
+    assert [grown["measure"] for grown in found["envelope_grew"]] == told
+    assert any("level of prompt b 0.5 -> 2" in line for line in found["head"]) is bool(told)
