@@ -19,6 +19,8 @@ LAYERS = [
         "traces",
         "checks",
         "arbiter",
+        "knobs",
+        "bisection",
         "merging",
         "candidate",
         "comparison",
@@ -34,7 +36,7 @@ LAYERS = [
     },
     {"store", "artifact", "history", "probe", "precision", "models", "engines", "numerics"},
     {"report"},
-    {"gate", "review", "verification"},
+    {"gate", "review", "verification", "trials"},
     {"plugin", "cli", "session", "fixture", "testing"},
 ]
 LAYERCAST = {
@@ -47,6 +49,7 @@ CLI = {
     "cli.machine",
     "cli.fetching",
     "cli.verifying",
+    "cli.bisecting",
     "cli.starting",
     "cli.law",
     "cli.surfaces",

@@ -1,13 +1,14 @@
 """The `pytest-repro` shell, a module for each group of commands. Needs neither torch nor an engine.
 
-Exit codes: 0 done; 1 something is pending (`pending`), differs (`diff`) or fails (`merge --report`, `verify`), or a check left
-no report (`report --to github`); 2 bad usage or input.
+Exit codes: 0 done; 1 something is pending (`pending`), differs (`diff`) or fails (`merge --report`, `verify`), a check left
+no report (`report --to github`), or no cause was found (`bisect`); 2 bad usage or input; 130 interrupted.
 """
 
 from . import (  # noqa: F401, I001  (importing them registers their commands, in the order of --help)
     goldens,
     fetching,
     verifying,
+    bisecting,
     starting,
     surfaces,
     shards,
