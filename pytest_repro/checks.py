@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from shlex import quote
 
 import numpy as np
 
+from . import knobs
 from .accuracy import PairedTest, paired_test
 from .result import Check, SuiteResult
 from .verdict import Verdict
@@ -144,6 +146,8 @@ def _next_steps(result: SuiteResult) -> tuple[tuple[str, str], ...]:
                 "FP32 (or LayerCast) removes what is only rounding",
             )
         )
+    if command := _bisect(result):
+        steps.append((command, "which difference of the environment did it"))
     if any(c.field == "model.weights" for c in result.environment_diff) and counts.get(Verdict.INCOMPARABLE):
         steps.append(
             (
@@ -164,3 +168,22 @@ def _next_steps(result: SuiteResult) -> tuple[tuple[str, str], ...]:
     ):
         steps.append((f"pytest --repro-update {result.path}", "if it is meant; then pytest-repro review"))
     return tuple(steps)
+
+
+def _bisect(result: SuiteResult) -> str:
+    """The command that undoes what differs, with the settings that differ; empty where there is nothing for it to undo."""
+    changes = result.environment_diff
+    parted = any(p.divergence_index is not None for p in result.prompts)
+    elsewhere = result.environment.get("engine") != result.settings.get("engine")  # a test's own callable
+    if not parted or elsewhere or any(c.cls == "identity" for c in changes) or not knobs.can_be_undone(changes):
+        return ""
+    now = {change.field: change.now for change in changes}
+    given = {
+        "--numerics": result.numerics,
+        "--golden": result.settings.get("golden"),
+        "--engine": now.get("engine"),
+        "--batch-size": now.get("batch_size"),
+    }
+    named = [f"{option} {quote(str(value))}" for option, value in given.items() if value is not None]
+    engine = [f"--engine-option {quote(option)}" for option in knobs.engine_options(changes, result.environment)]
+    return " ".join(["pytest-repro bisect", quote(result.path), *named, *engine])

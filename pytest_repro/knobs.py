@@ -196,6 +196,13 @@ def can_be_undone(changes: Iterable[Change]) -> bool:
     return any(change.cls == "numerics" and change.field in known for change in changes)
 
 
+def engine_options(changes: Sequence[Change], now: Fingerprint) -> list[str]:
+    """`NAME=VALUE` of the engine's options that differ, as they are now; none where the engine itself differs."""
+    engine, differing = str(now.get("engine")), {change.field for change in changes}
+    rows = [k for k in KNOBS if engine in k.engine_options and k.fields[0] in differing and "engine" not in differing]
+    return [f"{knob.engine_options[engine]}={value}" for knob in rows if (value := _given(knob, now)) is not None]
+
+
 def _setting(knob: Knob, changes: Sequence[Change], golden: Fingerprint, now: Fingerprint) -> Setting | None:
     """None where the golden's value is not there, or nothing that may be handed on."""
     if knob.variables:
@@ -216,9 +223,9 @@ def _options_of(engine: str, golden: Fingerprint) -> dict[str, str]:
     return {k.engine_options[engine]: value for k in rows if (value := _given(k, golden)) is not None}
 
 
-def _given(knob: Knob, golden: Fingerprint) -> str | None:
-    """The golden's value as an option takes it; None if it must not be handed on."""
-    value = golden.get(knob.fields[0])
+def _given(knob: Knob, facts: Fingerprint) -> str | None:
+    """A fingerprint's value as an option takes it; None if it must not be handed on."""
+    value = facts.get(knob.fields[0])
     text = str(value).lower() if isinstance(value, bool) else str(value)
     return text if value is not None and knob.values.fullmatch(text) else None
 

@@ -22,6 +22,7 @@ from tests.unit.builders import (
     BF16,
     FP32,
     IDENTITY,
+    SETTINGS,
     envelope,
     generation,
     golden,
@@ -284,6 +285,54 @@ def test_metrics_by_hand() -> None:
     assert [f.rule for f in result.failures] == ["unexplained 1 > max_unexplained 0", "divergent 2 > max_divergent 0"]
     commands = [command for command, _ in result.next_steps]
     assert commands == ["pytest --repro-check golden/s --repro-numerics fp32", "pytest --repro-update golden/s"]
+
+
+def test_outputs_that_part_where_the_environment_can_be_put_back_name_bisect() -> None:
+    parted = judged("a", Verdict.DRIFT, divergence_index=1, deficit=1.0)
+    batch = Change("batch_size", "numerics", 8, 1)
+    bisect = "pytest-repro bisect golden/s --numerics bf16"
+
+    def command(*changes: Change, of: PromptResult = parted, **more: Any) -> str:
+        steps = checks.summed_up(suite_result(of, environment_diff=changes, **more)).next_steps
+        return next((command for command, _ in steps if "bisect" in command), "")
+
+    assert command(batch) == f"{bisect} --batch-size 1"
+    assert command(Change("threads", "numerics", 2, 1)) == bisect
+    assert command(Change("env.OMP_NUM_THREADS", "numerics", "2", None)) == bisect
+    kernel = Change("attention", "numerics", "sdpa", "eager")
+    torch = {
+        "settings": {**SETTINGS, "engine": "transformers"},
+        "environment": {"engine": "transformers", "attention": "eager"},
+    }
+    assert command(kernel, **torch) == f"{bisect} --engine-option attention=eager"
+    assert (
+        command(kernel, Change("engine", "numerics", "vllm", "transformers"), **torch)
+        == f"{bisect} --engine transformers"
+    )
+    assert command(batch, settings={**SETTINGS, "golden": "fp32"}) == f"{bisect} --golden fp32 --batch-size 1"
+    assert command(batch, path="golden/two words").startswith("pytest-repro bisect 'golden/two words' ")
+
+
+@pytest.mark.parametrize(
+    ("changes", "more"),
+    [
+        ((), {}),
+        ((Change("torch", "numerics", "2.12", "2.13"), Change("time", "information", 1, 2)), {}),
+        ((Change("batch_size", "numerics", 8, 1), Change("model.weights", "identity", "a", "b")), {}),
+        ((Change("batch_size", "numerics", 8, 1),), {"environment": {"engine": "a test's own"}}),
+    ],
+    ids=["nothing differs", "no knob", "another model", "a callable"],
+)
+def test_bisect_is_not_named_where_it_could_undo_nothing(changes: tuple[Change, ...], more: dict[str, Any]) -> None:
+    parted = judged("a", Verdict.DRIFT, divergence_index=1, deficit=1.0)
+    found = checks.summed_up(suite_result(parted, environment_diff=changes, **more))
+    assert found.next_steps and not any("bisect" in command for command, _ in found.next_steps)
+
+
+def test_bisect_is_not_named_where_no_token_differs() -> None:
+    moved = judged("a", Verdict.DRIFT)
+    found = checks.summed_up(suite_result(moved, environment_diff=(Change("batch_size", "numerics", 8, 1),)))
+    assert found.next_steps and not any("bisect" in command for command, _ in found.next_steps)
 
 
 def test_a_suite_that_passes_has_no_next_step() -> None:
