@@ -44,9 +44,10 @@ class Check:
 
     def undone(self, undos: Iterable[Undo]) -> Check:
         """The same check with some differences put back."""
+        undos = tuple(undos)
         setting = self.setting.under(undo.setting for undo in undos)
-        engine = setting.options.get("--repro-engine", "")
-        if engine != self.setting.options.get("--repro-engine", engine) and engine in REGISTRY:
+        engine = next((u.setting.options["--repro-engine"] for u in undos if "--repro-engine" in u.setting.options), "")
+        if engine:
             kept = {k: v for k, v in setting.engine_options.items() if k in REGISTRY[engine].options}
             setting = replace(setting, engine_options=kept)  # the other engine's options are none of this one's
         return replace(self, setting=setting)

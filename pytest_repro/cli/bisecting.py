@@ -234,7 +234,9 @@ class Bisection:
         if not self.undos and not remaining:
             self._tell("not found", "no numerics field differs from the golden's: the environment that is seen did not do it", "red")  # fmt: skip
             return "not_found"
-        tried = f"with all of it undone, {_counted(whole)}" if whole else "nothing can be undone"
+        tried = "nothing can be undone"
+        if whole:
+            tried = f"with all of it undone, {_outcome(whole)}"
         self._tell("not found", f"the cause is not among what can be undone here: {tried}", "red")
         for i, change in enumerate(remaining):
             self._tell("" if i else "remaining", _change(change))
