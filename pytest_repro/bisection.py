@@ -201,12 +201,12 @@ def chosen(result: SuiteResult, ids: Sequence[str], batch_size: int) -> Names:
     """The worst few that parted, in as few of the golden's batches as may be: a batch always runs whole.
 
     Args:
-        result: the check with nothing undone.
+        result: the check with nothing undone, or a report of it: what it says of prompts that the suite lacks is left out.
         ids: all prompts of the suite, in its order.
         batch_size: the golden's.
     """
     place = {name: i // batch_size for i, name in enumerate(ids)}
-    worst = sorted(parted(result), key=_badness)
+    worst = sorted((p for p in parted(result) if p.id in place), key=_badness)
     batches = list(dict.fromkeys(place[p.id] for p in worst))
     return tuple(p.id for batch in batches for p in worst if place[p.id] == batch)[:MOST_PROMPTS]
 

@@ -113,9 +113,9 @@ def _running(command: list[str], environment: Mapping[str, str], log: int) -> It
 
 def _cause(told: str) -> str:
     """Of what pytest printed, the error; else how it ended."""
-    lines = [line for line in told.splitlines() if line.strip()]
-    first = next((i for i, line in enumerate(lines) if line.startswith("ERROR: ")), -3)
-    return " ".join(line.strip().removeprefix("ERROR: ") for line in lines[first:]) or "it said nothing"
+    lines = [line.strip().removeprefix("INTERNALERROR> ") for line in told.splitlines() if line.strip()]
+    first = next((i for i, line in enumerate(lines) if line.startswith("ERROR: ")), -1)
+    return " ".join(line.removeprefix("ERROR: ") for line in lines[first:]) or "it said nothing"
 
 
 def trial(check: Check, undone: tuple[Undo, ...], then: Fingerprint, before: Fingerprint, report: Path) -> Trial:

@@ -131,7 +131,7 @@ class Bisection:
         self.result = self._first()
         if not self._pin(self.result):
             return self._gone(seen) if seen is not None else "identical"
-        self.then, self.before = bisection.golden_facts(self._golden()), bisection.facts(self.result)
+        self.before = bisection.facts(self.result)
         self.undos = knobs.undoable(self.then, self.before)
         self._tell_differences()
         if not self.undos:
@@ -168,13 +168,11 @@ class Bisection:
         if not STEM.fullmatch(name):
             raise ConfigError(f"{name!r} is not a golden's name", where="[golden.name]", fix="name another report")
         pinned = Setting({"--repro-numerics": result.numerics, "--repro-golden": name})
-        ids = [prompt.id for prompt in self.suite.prompts]
-        chosen = bisection.chosen(result, ids, int(result.golden["batch_size"]))
+        golden = Place(self.suite.folder, name).read()
+        self.then = bisection.golden_facts(golden)
+        chosen = bisection.chosen(result, [prompt.id for prompt in self.suite.prompts], golden.batch_size)
         self.check = replace(self.check, setting=self.check.setting.under([pinned]), prompts=chosen)
         return True
-
-    def _golden(self) -> Any:
-        return Place(self.suite.folder, self.check.setting.options["--repro-golden"]).read()
 
     def _trial(self, names: Names) -> Outcome:
         undone = tuple(undo for undo in self.undos if undo.name in names)
@@ -183,7 +181,9 @@ class Bisection:
         done: Trial = self._watched(f"undone: {told}", lambda: trials.trial(self.check, undone, self.then, self.before, report))  # fmt: skip
         self.trials.append(done)
         style = "green" if done.holds else "" if done.outcome.sound else "yellow"
-        self._tell("undone" if len(self.trials) == 1 else "", f"{told}: {_outcome(done)}, {done.seconds:.0f} s", style)
+        more = bisection.most_trials(len(self.undos)) - 1
+        left = f"; {more} more at most" if more and len(self.trials) == 1 else ""
+        self._tell("" if self.trials[1:] else "undone", f"{told}: {_outcome(done)}, {done.seconds:.0f} s{left}", style)
         return done.outcome
 
     # --- what is said -------------------------------------------------------------------------------------------------
@@ -236,7 +236,7 @@ class Bisection:
             return "not_found"
         tried = "nothing can be undone"
         if whole:
-            tried = f"with all of it undone, {_outcome(whole)}"
+            tried = f"with {_and(undo.told for undo in whole.undone)} undone, {_outcome(whole)}"
         self._tell("not found", f"the cause is not among what can be undone here: {tried}", "red")
         for i, change in enumerate(remaining):
             self._tell("" if i else "remaining", _change(change))
