@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from time import monotonic
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import typer
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
@@ -26,6 +26,7 @@ from ..text import inert
 from ..trials import Check
 from .shell import AsJson, app, as_data, console, errors, reported
 
+T = TypeVar("T")
 INTERRUPTED = 130
 MOST_FIELDS = 6
 """Fields that are told of one trial."""
@@ -143,7 +144,7 @@ class Bisection:
     def _first(self) -> SuiteResult:
         """The check with nothing undone: it shows what differs here, under this command's options."""
         started = monotonic()
-        found: list[SuiteResult] = self._watched(
+        found = self._watched(
             "the check with nothing undone", lambda: trials.results(self.check, self.reports / "0.json")
         )
         parted = [result for result in found if bisection.parted(result)]
@@ -178,7 +179,7 @@ class Bisection:
         undone = tuple(undo for undo in self.undos if undo.name in names)
         told = "everything that can be" if len(undone) == len(self.undos) > 1 else _and(undo.told for undo in undone)
         report = self.reports / f"{len(self.trials) + 1}.json"
-        done: Trial = self._watched(f"undone: {told}", lambda: trials.trial(self.check, undone, self.then, self.before, report))  # fmt: skip
+        done = self._watched(f"undone: {told}", lambda: trials.trial(self.check, undone, self.then, self.before, report))  # fmt: skip
         self.trials.append(done)
         style = "green" if done.holds else "" if done.outcome.sound else "yellow"
         more = bisection.most_trials(len(self.undos)) - 1
@@ -192,7 +193,7 @@ class Bisection:
         """A line as it comes; beside the JSON, where that is asked for."""
         (errors if self.as_json else console).print(Text(inert(f"{label:<13} {line}"), style=style))
 
-    def _watched(self, what: str, run: Any) -> Any:
+    def _watched(self, what: str, run: Callable[[], T]) -> T:
         """Run it, with a clock on a terminal."""
         columns = (SpinnerColumn(), TextColumn("{task.description}", markup=False), TimeElapsedColumn())
         with Progress(*columns, console=errors, transient=True, disable=not errors.is_terminal) as progress:

@@ -15,6 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
+
+from pytest_repro.cli import app
 
 from .project import DRIFT, NEAR_TIE, Project, Result
 
@@ -276,6 +279,19 @@ def test_a_report_of_another_check_is_refused(accepted: Project) -> None:
     assert done.rc == 2 and "this report holds no check of golden/demo" in done.err
 
 
+def test_a_report_of_prompts_that_the_suite_lacks(accepted: Project) -> None:
+    """None of them is asked for: the whole suite is."""
+    project = sensitive(accepted, "one_by_one")
+    project.check("--repro-batch-size", "1", "--repro-report-json", "report.json")
+    report = project.json()
+    for prompt in report["suites"][0]["prompts"]:
+        prompt["id"] = f"../{prompt['id']}::--repro-allow-code"
+    project.write("report.json", json.dumps(report))
+    done = bisect(project, "--batch-size", "1", "--report", "report.json")
+    assert done.rc == 0 and lines(done, "check")[0].startswith("4 prompts, "), done.text
+    assert lines(done, "prompts")[0].startswith("c, b: ")
+
+
 # --- mistakes ---------------------------------------------------------------------------------------------------------
 
 
@@ -298,9 +314,12 @@ def test_a_report_of_another_check_is_refused(accepted: Project) -> None:
         (("golden/demo", "--nonsense"), "No such option"),
     ],
 )
-def test_a_mistake_is_told_in_words(accepted: Project, arguments: tuple[str, ...], message: str) -> None:
-    done = accepted.cli("bisect", *arguments)
-    assert done.rc == 2 and message in done.text and "Traceback" not in done.text, done.text
+def test_a_mistake_is_told_in_words(
+    accepted: Project, arguments: tuple[str, ...], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(accepted.root)
+    done = CliRunner().invoke(app, ["bisect", *arguments])
+    assert done.exit_code == 2 and message in done.output and "Traceback" not in done.output, done.output
 
 
 def test_several_modes(accepted: Project) -> None:

@@ -231,3 +231,9 @@ def test_an_unknown_deficit_is_the_worst_and_what_could_not_be_compared_is_left_
     broken = replace(differing("p1"), verdict=Verdict.ERROR)
     result = suite_result(differing("p0", Verdict.WAIVED), differing("p3", deficit=None), differing("p2"), broken)
     assert bisection.chosen(result, IDS, 12) == ("p3", "p2", "p0")
+
+
+def test_a_prompt_that_the_suite_lacks_is_not_run() -> None:
+    """A report is somebody else's: what it calls a prompt becomes an argument of pytest."""
+    result = suite_result(differing("--repro-allow-code", deficit=None), differing("p4"))
+    assert bisection.chosen(result, IDS, 4) == ("p4",)
