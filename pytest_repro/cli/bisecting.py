@@ -201,15 +201,16 @@ class Bisection:
             return run()
 
     def _tell_differences(self) -> None:
-        chosen = self.check.prompts
-        self._tell("prompts", f"{', '.join(chosen)}: decoded again in every trial, with their batches")
-        stay = knobs.fixed(self.undos, self.then, self.before)
-        for i, (line, style) in enumerate([*((undo.told, "") for undo in self.undos),
-                                           *((f"{_change(c)}   cannot be undone here", "yellow") for c in stay)]):  # fmt: skip
+        self._tell("prompts", f"{', '.join(self.check.prompts)}: decoded again in every trial, with their batches")
+        can = [(undo.told, "") for undo in self.undos]
+        cannot = knobs.fixed(self.undos, self.then, self.before)
+        for i, (line, style) in enumerate(
+            [*can, *((f"{_change(c)}   cannot be undone here", "yellow") for c in cannot)]
+        ):
             self._tell("" if i else "environment", line, style)
-        if self.undos:
-            most = bisection.most_trials(len(self.undos))
-            self._tell("trials", f"{most} at most; each loads the model anew")
+        if can:
+            single = f", {len(can) + 1} if a single difference did it" if len(can) > 2 else ""
+            self._tell("trials", f"{bisection.most_trials(len(can))} at most{single}; each loads the model anew")
 
     def _named(self) -> str:
         for i, names in enumerate(self.sets):

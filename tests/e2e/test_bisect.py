@@ -113,6 +113,7 @@ def test_a_pair_is_named_where_neither_alone_restores(accepted: Project) -> None
     found = data(done)
     assert (found["verdict"], found["sets"]) == ("found", [["batch size", "MKL_CBWR"]])
     tried = [trial["undone"] for trial in found["trials"]]
+    assert "7 at most, 4 if a single difference did it; each loads the model anew" in done.err
     assert tried[0] == ["batch size", "MKL_CBWR", "PYTHONHASHSEED"]
     assert [len(names) for names in tried[1:]] == [1, 1, 1, 2, 2, 2]
     assert [trial["undone"] for trial in found["trials"] if trial["holds"]] == [tried[0], ["batch size", "MKL_CBWR"]]
