@@ -84,7 +84,7 @@ def results(check: Check, report: Path) -> list[SuiteResult]:
     """
     command = [
         sys.executable, "-m", "pytest", "--repro-only", *METHOD, *check.arguments, f"--repro-report-json={report}", "-q",
-        "--color=no", "-o", f"cache_dir={report.parent / 'cache'}",
+        "--color=no", "-o", f"cache_dir={report.with_suffix('.cache')}",
     ]  # fmt: skip
     with report.with_suffix(".log").open("w+b") as log:
         with _running(command, check.environment(os.environ), log.fileno()) as process:

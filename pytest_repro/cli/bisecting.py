@@ -232,7 +232,7 @@ class Bisection:
     def _nothing(self, found: Found) -> str:
         """Why no set can be named, and what remains."""
         whole = next((trial for trial in self.trials if trial.names == found.left), None)
-        remaining = whole.remaining if whole else knobs.suspects(self.then, self.before)
+        remaining = whole.remaining if whole and not whole.error else knobs.suspects(self.then, self.before)
         if not self.undos and not remaining:
             self._tell("not found", "no numerics field differs from the golden's: the environment that is seen did not do it", "red")  # fmt: skip
             return "not_found"

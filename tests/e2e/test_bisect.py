@@ -340,6 +340,19 @@ def test_a_hostile_environment_is_shown_and_does_not_act(accepted: Project) -> N
     assert "did it: undone" in done.out
 
 
+def test_pytest_s_own_settings_of_the_project_hold(accepted: Project) -> None:
+    """One trial does not choose by what another left in pytest's cache."""
+    project = sensitive(accepted, "one_by_one").pyproject(ini='addopts = ["--lf", "-x", "--strict-config"]')
+    assert bisect(project, "--batch-size", "1").rc == 0
+
+
+def test_a_single_trial_that_breaks_leaves_the_differences_listed(accepted: Project) -> None:
+    before = 'if not recording and not one_by_one:\n        raise RuntimeError("no memory for two")'
+    done = bisect(sensitive(accepted, "True", before=before), "--batch-size", "1")
+    assert done.rc == 1 and lines(done, "remaining") == ["batch_size 2 -> 1"]
+    assert "with batch_size 2 -> 1 undone, no answer: pytest ended with exit code 3" in lines(done, "not found")[0]
+
+
 def test_the_checkout_is_left_as_it_was(accepted: Project) -> None:
     project = sensitive(accepted, "one_by_one")
     before = project.golden_files()
