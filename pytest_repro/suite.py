@@ -218,28 +218,53 @@ def check_defaults(table: Mapping[str, Any], where: str) -> None:
 
 
 def defaults_of(text: str, where: str) -> dict[str, Any]:
-    """The table `[tool.pytest-repro]` in the text of a pyproject.toml.
+    """The table `[tool.pytest-repro]` in the text of a pyproject.toml; {} without one.
+
+    Raises:
+        ConfigError: not TOML, or a key that may not be there.
+    """
+    return table_of(text, where) or {}
+
+
+def table_of(text: str, where: str) -> dict[str, Any] | None:
+    """The table `[tool.pytest-repro]` in the text of a pyproject.toml; None without one.
 
     Raises:
         ConfigError: not TOML, or a key that may not be there.
     """
     try:
-        table: dict[str, Any] = tomllib.loads(text).get("tool", {}).get("pytest-repro", {})
+        tool = tomllib.loads(text).get("tool", {})
     except tomllib.TOMLDecodeError as exc:
         raise ConfigError(f"not valid TOML: {exc}", where=where) from None
+    if not isinstance(tool, dict) or "pytest-repro" not in tool:
+        return None
+    table = tool["pytest-repro"]
+    if not isinstance(table, dict):
+        raise ConfigError("not a table", where=f"{where} [tool.pytest-repro]")
     check_defaults(table, f"{where} [tool.pytest-repro]")
     return table
 
 
 def defaults_around(folder: Path) -> tuple[Path, dict[str, Any]]:
-    """The nearest pyproject.toml around a folder, and what it has for this package; a file that is not there and {}.
+    """The nearest pyproject.toml around a folder that has a table for this package, and it; a file beside it and {}.
 
     Raises:
-        ConfigError: it cannot be read.
+        ConfigError: it, or a nearer pyproject.toml, cannot be read.
     """
-    files = [above / "pyproject.toml" for above in (folder.resolve(), *folder.resolve().parents)]
-    found = next((file for file in files if file.is_file()), files[0])
-    return found, defaults_of(_read(found), str(found)) if found.is_file() else {}
+    return next(tables_around(folder), (folder.resolve() / "pyproject.toml", {}))
+
+
+def tables_around(folder: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """Every pyproject.toml around a folder that has a table for this package, and it; the nearest first.
+
+    Raises:
+        ConfigError: one cannot be read.
+    """
+    for above in (folder.resolve(), *folder.resolve().parents):
+        file = above / "pyproject.toml"
+        table = table_of(_read(file), str(file)) if file.is_file() else None
+        if table is not None:
+            yield file, table
 
 
 def thresholds_in(text: str | None, defaults: Mapping[str, Any], where: str) -> dict[str, Thresholds]:

@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from itertools import takewhile
 from pathlib import Path, PurePosixPath
 from shlex import quote
 
@@ -15,7 +16,7 @@ from .golden import Golden
 from .history import Base, History
 from .provenance import Finding, limits, loosened_since, of_steps
 from .store import PENDING, Committed, Place, Reviewer, typed
-from .suite import Thresholds, defaults_around, defaults_of, load, thresholds_in, thresholds_in_force
+from .suite import Thresholds, defaults_around, load, table_of, tables_around, thresholds_in, thresholds_in_force
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,7 @@ def verify(path: Path, base: str | None, environment: Mapping[str, str]) -> Veri
         *(finding for finding in _of_files(places, history, under) if (finding.kind, finding.where) not in known),
         *told,
         *_of_pending(history, under),
+        *(finding for place in places for finding in _of_defaults(place, history)),
         *(finding for place in places for finding in _of_thresholds(place, history, since)),
     ]
     return Verification(since, len(places), len(steps), tuple(dict.fromkeys(findings)))
@@ -92,6 +94,22 @@ def _of_pending(history: History, under: str) -> Iterator[Finding]:
             yield Finding(
                 "pending", shown, "a pending golden was committed", f"git rm --cached {quote(shown)}, and review it"
             )
+
+
+def _of_defaults(place: Place, history: History) -> Iterator[Finding]:
+    """Which pyproject.toml counts must not depend on who asks: a check reads the one in pytest's rootdir."""
+    within = takewhile(
+        lambda file: file.is_relative_to(history.root), (file for file, _ in tables_around(place.folder))
+    )
+    near, *others = [typed(file) for file in within] or [""]
+    if others:
+        yield Finding(
+            "thresholds",
+            near,
+            f"{' and '.join(others)} has a table [tool.pytest-repro] as well: a check reads the one in pytest's rootdir, "
+            "verify and accept the nearest",
+            "keep one of them",
+        )
 
 
 def _of_thresholds(place: Place, history: History, base: Base) -> Iterator[Finding]:
@@ -146,8 +164,9 @@ def _at_base(place: Place, history: History, base: Base) -> Mapping[str, Thresho
 def _defaults_at(history: History, base: Base, path: str) -> Mapping[str, object]:
     for folder in PurePosixPath(path).parents:
         text = history.text(base.commit, str(folder / "pyproject.toml"))
-        if text is not None:
-            return defaults_of(text, "pyproject.toml")
+        table = table_of(text, "pyproject.toml") if text is not None else None
+        if table is not None:
+            return table
     return {}
 
 
