@@ -15,6 +15,7 @@ from .errors import ConfigError, GoldenError
 from .golden import sealed
 from .provenance import Step, Version
 from .store import GOLDEN, PENDING, Committed, Place
+from .suite import SUITE_FILE
 
 TARGET_VARIABLES = (
     "GITHUB_BASE_REF", "CI_MERGE_REQUEST_TARGET_BRANCH_NAME", "SYSTEM_PULLREQUEST_TARGETBRANCH", "CHANGE_TARGET",
@@ -192,7 +193,8 @@ class History:
                 if now not in (then or [(None, None)]):
                     reason = self._trailer(commit) if now == (None, None) else ""
                     earlier = tuple(self._version(pair) for pair in then)
-                    yield Step(commit[:12], path, earlier, self._version(now), reason)
+                    asked = self.text(commit, str(PurePosixPath(path).with_name(SUITE_FILE))) is not None
+                    yield Step(commit[:12], path, earlier, self._version(now), reason, asked)
 
     def _version(self, blobs: tuple[str | None, str | None]) -> Version | None:
         if blobs == (None, None):

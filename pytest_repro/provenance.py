@@ -51,6 +51,8 @@ class Step:
     """None if the commit deleted it."""
     reason: str = ""
     """Of a deletion: the commit message's trailer `Golden-Removed`."""
+    suite: bool = False
+    """Whether a suite.toml lies beside it after the commit."""
 
 
 def of_steps(steps: Sequence[Step]) -> Iterator[Finding]:
@@ -70,11 +72,11 @@ def of_steps(steps: Sequence[Step]) -> Iterator[Finding]:
 
 
 def _is_moved(step: Step, other: Step) -> bool:
-    """Whether a commit moved a golden: one path lost the very bytes that another gained."""
+    """Whether a commit moved a golden: one path lost the very bytes that another gained, and its suite went with it."""
     if step.commit != other.commit or (step.after is None) == (other.after is None):
         return False
     gained, lost = (step, other) if step.after is not None else (other, step)
-    return gained.after in lost.before and not any(gained.before)
+    return gained.after in lost.before and not any(gained.before) and not lost.suite
 
 
 def _of_change(step: Step, before: tuple[Version | None, ...]) -> Iterator[Finding]:

@@ -218,6 +218,17 @@ def test_a_suite_that_moved_keeps_its_history(repository: Any) -> None:
     assert [f["kind"] for f in found] == ["thresholds"]
 
 
+def test_a_golden_that_moved_without_its_suite_is_deleted(repository: Any) -> None:
+    project, repo, run = repository
+    repo.git.checkout("-qb", "move")
+    (project.root / "golden/junk").mkdir()
+    for part in ("jsonl", "safetensors"):
+        repo.git.mv(f"golden/demo/bf16.golden.{part}", "golden/junk")
+    repo.index.commit("move")
+    found = data(run("verify", "--base", "main", "--as-json"))["findings"]
+    assert [(f["kind"], f["where"]) for f in found] == [("deleted", "golden/demo/bf16.golden.jsonl")]
+
+
 def test_thresholds_of_pyproject_count(repository: Any) -> None:
     project, _, run = repository
     project.pyproject("[tool.pytest-repro.thresholds]\nmax_unexplained = 2\n")

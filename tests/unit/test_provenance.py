@@ -104,6 +104,7 @@ def test_a_golden_that_moved_is_neither_deleted_nor_new() -> None:
     assert kinds(away, here) == [] and kinds(here, away) == []
     assert kinds(away, replace(here, commit="later")) == ["deleted", "chain"]
     assert kinds(away, replace(here, before=(FIRST,))) == ["deleted"], "it moved over another one"
+    assert kinds(replace(away, suite=True), here) == ["deleted", "chain"], "its suite stayed"
 
 
 def test_what_replaces_a_broken_golden_replaces_nothing() -> None:
