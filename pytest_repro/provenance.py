@@ -15,6 +15,7 @@ from .golden import Agreed, Review, Sealed, sealed
 from .suite import Thresholds
 from .verdict import loosened
 
+_TRAILER = "'Golden-Removed: why'"
 LFS_POINTER = b"version https://git-lfs.github.com/spec/v1\n"
 
 
@@ -55,19 +56,25 @@ class Step:
     """Whether a suite.toml lies beside it after the commit."""
 
 
-def of_steps(steps: Sequence[Step]) -> Iterator[Finding]:
-    """What does not hold in the commits of a branch, oldest first."""
-    for step in steps:
+def of_steps(steps: Sequence[Step], base: Mapping[str, Version] | None = None) -> Iterator[Finding]:
+    """What does not hold in the commits of a branch.
+
+    Args:
+        steps: oldest first.
+        base: path -> what lay there where the branch left its base; to put that back is no change.
+    """
+    for number, step in enumerate(steps):
         moved = next((s for s in steps if _is_moved(step, s)), None)
         if step.after is not None:
-            yield from _of_change(step, moved.before if moved else step.before)
-        elif moved is None and not step.reason:
+            if step.after != (base or {}).get(step.path) and not any(_puts_back(step, s) for s in steps[:number]):
+                yield from _of_change(step, moved.before if moved else step.before)
+        elif moved is None and not step.reason and not any(_puts_back(s, step) for s in steps[number:]):
             yield Finding(
                 "deleted",
                 step.path,
                 f"commit {step.commit} deletes this golden",
-                f"git checkout {step.commit}^ -- {_stem(step.path)}.*; if it is meant, the commit's message needs a line "
-                "'Golden-Removed: why'",
+                f"git checkout {step.commit}^ -- {_stem(step.path)}.*, git commit; if it is meant, the commit's message "
+                f"needs a line {_TRAILER}",
             )
 
 
@@ -77,6 +84,43 @@ def _is_moved(step: Step, other: Step) -> bool:
         return False
     gained, lost = (step, other) if step.after is not None else (other, step)
     return gained.after in lost.before and not any(gained.before) and not lost.suite
+
+
+def _puts_back(step: Step, lost: Step) -> bool:
+    """Whether a later commit brings back the very golden that an earlier one deleted."""
+    return step.path == lost.path and lost.after is None and step.after is not None and step.after in lost.before
+
+
+def of_base(
+    base: Mapping[str, Version], head: Mapping[str, Version], steps: Sequence[Step], name: str, commit: str
+) -> Iterator[Finding]:
+    """What HEAD has in the place of the base's goldens, and no step since then put there: a merge chose it.
+
+    Args:
+        base: path -> golden, where the branch left its base.
+        head: the same of HEAD.
+        steps: oldest first.
+        name: of the base, as it was named.
+        commit: of the base.
+    """
+    for path, then in base.items():
+        now = head.get(path)
+        reached: set[Version | None] = {then}
+        for step in steps:
+            if step.path == path and reached & set(step.before):
+                reached.add(step.after)
+        if now in reached:
+            continue
+        back = f"git checkout {commit} -- {_stem(path)}.*, git commit"
+        if now is None:
+            what = f"{name} has this golden, and a merge dropped it"
+            yield Finding(
+                "deleted", path, what, f"{back}; if it is meant, delete it in a commit with a line {_TRAILER}"
+            )
+        else:
+            what = f"{name} has another golden here, and a merge kept this one without a review beside it"
+            again = f"pytest --repro-update {_folder(path)}, and pytest-repro review {_folder(path)}"
+            yield Finding("chain", path, what, f"{back}; if this one is meant: {again}")
 
 
 def _of_change(step: Step, before: tuple[Version | None, ...]) -> Iterator[Finding]:

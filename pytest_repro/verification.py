@@ -14,7 +14,7 @@ from . import numerics, store
 from .errors import ConfigError, GoldenError
 from .golden import Golden
 from .history import Base, History
-from .provenance import Finding, limits, loosened_since, of_steps
+from .provenance import Finding, Step, Version, limits, loosened_since, of_base, of_steps
 from .store import PENDING, Committed, Place, Reviewer, typed
 from .suite import Thresholds, defaults_around, load, table_of, tables_around, thresholds_in, thresholds_in_force
 
@@ -44,12 +44,11 @@ def verify(path: Path, base: str | None, environment: Mapping[str, str]) -> Veri
     history = History.around(folder)
     under, since = history.within(folder), history.base(base, environment)
     places = store.below(folder)
-    steps = [replace(step, path=typed(history.root / step.path)) for step in history.steps(since.commit, under)]
-    if not places and not steps:
+    steps, told = _of_history(history, since, under)
+    if not places and not steps and not told:
         raise ConfigError(
             "there is no golden here, and none was deleted", where=path, fix=f"pytest --repro-update {path}"
         )
-    told = list(of_steps(steps))
     known = {(finding.kind, finding.where) for finding in told}  # with the commit that did it
     findings = [
         *(finding for finding in _of_files(places, history, under) if (finding.kind, finding.where) not in known),
@@ -59,6 +58,21 @@ def verify(path: Path, base: str | None, environment: Mapping[str, str]) -> Veri
         *(finding for place in places for finding in _of_thresholds(place, history, since)),
     ]
     return Verification(since, len(places), len(steps), tuple(dict.fromkeys(findings)))
+
+
+def _of_history(history: History, base: Base, under: str) -> tuple[list[Step], list[Finding]]:
+    """The steps below a folder and what does not hold in them; the others are asked for where a golden came from."""
+
+    def shown(versions: Mapping[str, Version]) -> dict[str, Version]:
+        return {typed(history.root / path): version for path, version in versions.items()}
+
+    found = list(history.steps(base.commit))
+    paths = {step.path for step in found} | history.differing(base.commit)
+    then, now = shown(history.versions(base.commit, paths)), shown(history.versions("HEAD", paths))
+    steps = [replace(step, path=typed(history.root / step.path)) for step in found]
+    told = [*of_steps(steps, then), *of_base(then, now, steps, base.name, base.commit[:12])]
+    mine = {typed(history.root / path) for path in paths if under == "." or path.startswith(f"{under}/")}
+    return [step for step in steps if step.path in mine], [finding for finding in told if finding.where in mine]
 
 
 def _of_files(places: list[Place], history: History, under: str) -> Iterator[Finding]:

@@ -229,6 +229,43 @@ def test_a_golden_that_moved_without_its_suite_is_deleted(repository: Any) -> No
     assert [(f["kind"], f["where"]) for f in found] == [("deleted", "golden/demo/bf16.golden.jsonl")]
 
 
+def test_a_folder_of_a_suite_that_moved_is_verified_alone(repository: Any) -> None:
+    _, repo, run = repository
+    repo.git.checkout("-qb", "move")
+    repo.git.mv("golden/demo", "golden/other")
+    repo.index.commit("move")
+    for folder, goldens in (("golden/other", 1), ("golden/demo", 0)):
+        found = data(run("verify", folder, "--base", "main", "--as-json"))
+        assert (found["findings"], found["goldens"], found["steps"]) == ([], goldens, 1)
+
+
+def test_what_a_merge_dropped_of_the_targets_goldens(repository: Any) -> None:
+    project, repo, run = repository
+    repo.git.checkout("-qb", "branch")
+    repo.git.commit("-qm", "work", "--allow-empty")
+    repo.git.checkout("-q", "main")
+    project.suite(at="golden/more").update(where="golden/more").accept(where="golden/more")
+    project.suite().flip("a", DRIFT).update().accept()
+    repo.git.add("-A")
+    repo.git.commit("-qm", "a newer golden, and another suite")
+    repo.git.checkout("-q", "branch")
+    repo.git.merge("-q", "-s", "ours", "main", "-m", "merge")
+
+    def found(*args: str) -> list[tuple[str, str]]:
+        told = data(run("verify", *args, "--base", "main", "--as-json"))
+        return [(f["kind"], f["where"]) for f in told["findings"]]
+
+    older, gone = ("chain", "golden/demo/bf16.golden.jsonl"), ("deleted", "golden/more/bf16.golden.jsonl")
+    assert found() == [older, gone]
+    assert found("golden/demo") == [older] and found("golden/more") == [gone]
+    repo.git.checkout("main", "--", "golden")
+    repo.git.commit("-qm", "put them back")
+    assert found() == []
+    repo.git.rm("-qr", "golden/more")
+    repo.git.commit("-qm", "Retire it\n\nGolden-Removed: nobody asks this")
+    assert found() == []
+
+
 def test_thresholds_of_pyproject_count(repository: Any) -> None:
     project, _, run = repository
     project.pyproject("[tool.pytest-repro.thresholds]\nmax_unexplained = 2\n")

@@ -48,7 +48,7 @@ class Repository:
     def steps(self, base: str) -> list[tuple[str, int]]:
         """(kind of change, parents) of every step, which must hold."""
         history = History.around(self.root)
-        found = list(history.steps(history.base(base, {}).commit, "golden"))
+        found = list(history.steps(history.base(base, {}).commit))
         assert list(of_steps(found)) == []
         return [
             ("deleted" if s.after is None else "new" if not any(s.before) else "changed", len(s.before)) for s in found
@@ -110,15 +110,31 @@ def test_a_deletion_and_its_reason(repository: Repository) -> None:
     repository.git.rm("-qr", "golden")
     repository.git.commit("-qm", "Retire\n\nIt was old.\n\nGolden-Removed: nobody asks this any more")
     assert repository.steps("HEAD~1") == [("deleted", 1)]
-    (step,) = History.around(repository.root).steps("HEAD~1", "golden")
+    (step,) = History.around(repository.root).steps("HEAD~1")
     assert step.reason == "nobody asks this any more" and step.path == PATH
 
 
-def test_steps_elsewhere_are_not_looked_at(repository: Repository) -> None:
+def test_a_merge_that_drops_a_golden_may_say_why(repository: Repository) -> None:
+    repository.git.checkout("-qb", "branch")
+    repository.commit("work")
+    repository.git.checkout("-q", "main")
     repository.accept(1)
+    repository.git.checkout("-q", "branch")
+    repository.git.merge("-q", "-s", "ours", "main", "-m", "merge")
+    assert repository.steps("main") == []
+    repository.git.commit("--amend", "-qm", "merge\n\nGolden-Removed: nobody asks this")
+    assert repository.steps("main") == [("deleted", 2)]
+
+
+def test_what_head_has_and_the_base_had(repository: Repository) -> None:
+    repository.accept(1)
+    repository.git.checkout("-qb", "branch")
     history = History.around(repository.root)
-    assert list(history.steps("HEAD~1", "other")) == []
-    assert len(list(history.steps("HEAD~1", "."))) == 1
+    assert history.differing("main") == set()
+    repository.accept(2)
+    assert history.differing("main") == {PATH}
+    assert history.versions("main", [PATH, "other"]) != history.versions("HEAD", [PATH])
+    assert list(history.versions("main", [PATH, "other"])) == [PATH]
     assert list(history.files("HEAD", ".")) == [PATH, PATH.replace("jsonl", "safetensors")]
 
 

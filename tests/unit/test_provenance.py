@@ -10,7 +10,7 @@ import pytest
 from pytest_repro import golden as wire
 from pytest_repro.generation import digest
 from pytest_repro.golden import Agreed, Golden, Review, encode
-from pytest_repro.provenance import Step, Version, limits, loosened_since, of_steps
+from pytest_repro.provenance import Step, Version, limits, loosened_since, of_base, of_steps
 from pytest_repro.suite import Thresholds
 from tests.unit.builders import REVIEW, generation, golden, output
 
@@ -105,6 +105,37 @@ def test_a_golden_that_moved_is_neither_deleted_nor_new() -> None:
     assert kinds(away, replace(here, commit="later")) == ["deleted", "chain"]
     assert kinds(away, replace(here, before=(FIRST,))) == ["deleted"], "it moved over another one"
     assert kinds(replace(away, suite=True), here) == ["deleted", "chain"], "its suite stayed"
+
+
+def test_to_put_back_what_lay_there_is_no_change() -> None:
+    gone, back = step(SECOND, None), step(None, SECOND, commit="other")
+    assert kinds(gone, back) == [] and kinds(gone, back, step(SECOND, THIRD)) == []
+    assert kinds(back, gone) == ["chain", "deleted"] and kinds(gone, step(None, THIRD)) == ["deleted", "chain"]
+    undone = step(SECOND, FIRST)
+    assert [f.kind for f in of_steps([undone])] == ["chain"] and list(of_steps([undone], {PATH: FIRST})) == []
+
+
+@pytest.mark.parametrize(
+    ("head", "steps", "wanted"),
+    [
+        (SECOND, [], []),
+        (FIRST, [], ["chain"]),
+        (None, [], ["deleted"]),
+        (THIRD, [step(SECOND, THIRD)], []),
+        (THIRD, [step(FIRST, THIRD)], ["chain"]),
+        (THIRD, [step(FIRST, THIRD, SECOND)], []),
+        (None, [step(SECOND, None)], []),
+        (THIRD, [step(SECOND, None), step(None, THIRD)], []),
+        (THIRD, [step(SECOND, THIRD, path="elsewhere")], ["chain"]),
+    ],
+    ids=["same", "older", "gone", "accepted", "beside-another", "merged", "deleted", "anew", "elsewhere"],
+)
+def test_what_takes_the_place_of_the_bases_goldens_came_by_a_step(
+    head: Version | None, steps: list[Step], wanted: list[str]
+) -> None:
+    found = list(of_base({PATH: SECOND}, {PATH: head} if head else {}, steps, "main", "abc"))
+    assert [f.kind for f in found] == wanted
+    assert all("main has" in f.what and f.fix.startswith("git checkout abc -- golden/s/bf16.golden.*") for f in found)
 
 
 def test_what_replaces_a_broken_golden_replaces_nothing() -> None:
