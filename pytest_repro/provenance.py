@@ -15,7 +15,7 @@ from .golden import Agreed, Review, Sealed, sealed
 from .suite import Thresholds
 from .verdict import loosened
 
-_TRAILER = "'Golden-Removed: why'"
+_TRAILER = "commit that with a line 'Golden-Removed: why'"
 LFS_POINTER = b"version https://git-lfs.github.com/spec/v1\n"
 
 
@@ -56,26 +56,70 @@ class Step:
     """Whether a suite.toml lies beside it after the commit."""
 
 
-def of_steps(steps: Sequence[Step], base: Mapping[str, Version] | None = None) -> Iterator[Finding]:
-    """What does not hold in the commits of a branch.
+def of_branch(
+    steps: Sequence[Step], base: Mapping[str, Version], head: Mapping[str, Version], name: str, commit: str
+) -> Iterator[Finding]:
+    """What does not hold between the base of a branch and HEAD: in a step, or where no step leads to what HEAD has.
 
     Args:
         steps: oldest first.
-        base: path -> what lay there where the branch left its base; to put that back is no change.
+        base: path -> golden, where the branch left its base.
+        head: the same of HEAD.
+        name: of the base, as it was named.
+        commit: of the base.
     """
-    for number, step in enumerate(steps):
-        moved = next((s for s in steps if _is_moved(step, s)), None)
-        if step.after is not None:
-            if step.after != (base or {}).get(step.path) and not any(_puts_back(step, s) for s in steps[:number]):
-                yield from _of_change(step, moved.before if moved else step.before)
-        elif moved is None and not step.reason and not any(_puts_back(s, step) for s in steps[number:]):
-            yield Finding(
-                "deleted",
-                step.path,
-                f"commit {step.commit} deletes this golden",
-                f"git checkout {step.commit}^ -- {_stem(step.path)}.*, git commit; if it is meant, the commit's message "
-                f"needs a line {_TRAILER}",
-            )
+    for path in dict.fromkeys([*(step.path for step in steps), *base, *head]):
+        then, now = base.get(path), head.get(path)
+        reached: set[Version | None] = {then}
+        told: list[Finding] = []
+        for step in (s for s in steps if s.path == path):
+            if step.after in reached:
+                told = []  # it puts back what was there before
+            elif found := list(_of_step(step, steps)):
+                told += found
+            elif reached & set(_before(step)):
+                reached.add(step.after)
+        if not told and now not in reached:
+            told = [_chosen_by_a_merge(path, then, now, name, commit)]
+        yield from told
+
+
+def _before(step: Step) -> tuple[Version | None, ...]:
+    return step.before or (None,)  # the first commit of a repository has no parent
+
+
+def _chosen_by_a_merge(path: str, then: Version | None, now: Version | None, name: str, commit: str) -> Finding:
+    back = f"git checkout {commit} -- {_stem(path)}.*" if then else f"git rm -q --cached -- {_stem(path)}.*"
+    if now is None:
+        what = f"{name} has this golden, and no commit says why it is gone: a merge dropped it"
+        return Finding("deleted", path, what, f"{back}; git commit; if it is meant, git rm it then, and {_TRAILER}")
+    what = (
+        f"{name} has {'another' if then else 'no'} golden here, and a merge chose this one without a review beside it"
+    )
+    return Finding("chain", path, what, f"{back}; git commit; if this one is meant, then {_anew(path)}")
+
+
+def _anew(path: str) -> str:
+    return f"pytest --repro-update {_folder(path)}, pytest-repro review {_folder(path)}"
+
+
+def _of_step(step: Step, steps: Sequence[Step]) -> Iterator[Finding]:
+    moved = next((s for s in steps if _is_moved(step, s)), None)
+    if step.after is not None:
+        yield from _of_change(step, moved.before if moved else step.before)
+    elif moved is None and not step.reason:
+        yield Finding(
+            "deleted",
+            step.path,
+            f"commit {step.commit} deletes this golden",
+            f"{_undo(step)}; if it is meant, git rm it then, and {_TRAILER}",
+        )
+
+
+def _undo(step: Step) -> str:
+    """What puts back the golden that a commit replaced, or nothing where there was none."""
+    there = f"checkout {step.commit}^" if any(step.before[:1]) else "rm -q --cached"
+    return f"git {there} -- {_stem(step.path)}.*; git commit"
 
 
 def _is_moved(step: Step, other: Step) -> bool:
@@ -86,46 +130,9 @@ def _is_moved(step: Step, other: Step) -> bool:
     return gained.after in lost.before and not any(gained.before) and not lost.suite
 
 
-def _puts_back(step: Step, lost: Step) -> bool:
-    """Whether a later commit brings back the very golden that an earlier one deleted."""
-    return step.path == lost.path and lost.after is None and step.after is not None and step.after in lost.before
-
-
-def of_base(
-    base: Mapping[str, Version], head: Mapping[str, Version], steps: Sequence[Step], name: str, commit: str
-) -> Iterator[Finding]:
-    """What HEAD has in the place of the base's goldens, and no step since then put there: a merge chose it.
-
-    Args:
-        base: path -> golden, where the branch left its base.
-        head: the same of HEAD.
-        steps: oldest first.
-        name: of the base, as it was named.
-        commit: of the base.
-    """
-    for path, then in base.items():
-        now = head.get(path)
-        reached: set[Version | None] = {then}
-        for step in steps:
-            if step.path == path and reached & set(step.before):
-                reached.add(step.after)
-        if now in reached:
-            continue
-        back = f"git checkout {commit} -- {_stem(path)}.*, git commit"
-        if now is None:
-            what = f"{name} has this golden, and a merge dropped it"
-            yield Finding(
-                "deleted", path, what, f"{back}; if it is meant, delete it in a commit with a line {_TRAILER}"
-            )
-        else:
-            what = f"{name} has another golden here, and a merge kept this one without a review beside it"
-            again = f"pytest --repro-update {_folder(path)}, and pytest-repro review {_folder(path)}"
-            yield Finding("chain", path, what, f"{back}; if this one is meant: {again}")
-
-
 def _of_change(step: Step, before: tuple[Version | None, ...]) -> Iterator[Finding]:
     assert step.after is not None
-    again = f"record and accept it anew: pytest --repro-update {_folder(step.path)}"
+    again = f"{_undo(step)}; then record and accept it anew: {_anew(step.path)}"
     try:
         now = verified(step.after, step.path)
     except GoldenError as exc:
@@ -182,7 +189,7 @@ def _broken_chain(step: Step, review: Review, allowed: Sequence[str | None]) -> 
         step.path,
         f"commit {step.commit}: its review replaced {_short(review.previous)}, and {there} lay there",
         f"look at it beside what it replaces: for e in jsonl safetensors; do mv {stem}.$e {pending}.$e; done; "
-        f"git checkout {step.commit}^ -- {stem}.*; pytest-repro review {_folder(step.path)}",
+        f"{_undo(step)}; pytest-repro review {_folder(step.path)}",
     )
 
 

@@ -14,7 +14,7 @@ from . import numerics, store
 from .errors import ConfigError, GoldenError
 from .golden import Golden
 from .history import Base, History
-from .provenance import Finding, Step, Version, limits, loosened_since, of_base, of_steps
+from .provenance import Finding, Step, Version, limits, loosened_since, of_branch
 from .store import PENDING, Committed, Place, Reviewer, typed
 from .suite import Thresholds, defaults_around, load, table_of, tables_around, thresholds_in, thresholds_in_force
 
@@ -70,7 +70,7 @@ def _of_history(history: History, base: Base, under: str) -> tuple[list[Step], l
     paths = {step.path for step in found} | history.differing(base.commit)
     then, now = shown(history.versions(base.commit, paths)), shown(history.versions("HEAD", paths))
     steps = [replace(step, path=typed(history.root / step.path)) for step in found]
-    told = [*of_steps(steps, then), *of_base(then, now, steps, base.name, base.commit[:12])]
+    told = of_branch(steps, then, now, base.name, base.commit[:12])
     mine = {typed(history.root / path) for path in paths if under == "." or path.startswith(f"{under}/")}
     return [step for step in steps if step.path in mine], [finding for finding in told if finding.where in mine]
 

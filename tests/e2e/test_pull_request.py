@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import zipfile
@@ -131,7 +132,7 @@ def _loosened(change: Clone) -> None:
 BAD: dict[str, tuple[Callable[[Clone], None], list[str]]] = {
     "edited-by-hand": (
         _by_hand,
-        ["leaves it broken: this golden was edited by hand", "mend: record and accept it anew: pytest --repro-update golden/demo"],
+        ["leaves it broken: this golden was edited by hand", "then record and accept it anew: pytest --repro-update golden/demo"],
     ),
     "accepted-by-nobody": (_accepted_by_nobody, ["changes this golden, and nobody accepted it"]),
     "broken-chain": (_broken_chain, ["its review replaced sha256:", "lay there", "pytest-repro review golden/demo"]),
@@ -143,6 +144,17 @@ BAD: dict[str, tuple[Callable[[Clone], None], list[str]]] = {
         ],
     ),
 }  # fmt: skip
+
+
+def test_the_commands_that_show_a_squashed_golden_beside_what_it_replaces_mend_it(change: Clone) -> None:
+    _broken_chain(change)
+    (found,) = json.loads(change.verify("--as-json").out)["findings"]
+    script, review = found["fix"].partition(": ")[2].rsplit("; ", 1)
+    identity = {f"GIT_{who}_{what}": "x" for who in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")}
+    subprocess.run(["bash", "-c", f"{script} -qm back"], cwd=change.root, check=True, env=os.environ | identity)
+    assert review == "pytest-repro review golden/demo"
+    change.accept("both of them, beside the first")
+    assert change.commit("Reviewed").verify().rc == 0
 
 
 @pytest.mark.parametrize("name", BAD)

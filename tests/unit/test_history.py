@@ -9,7 +9,7 @@ import pytest
 
 from pytest_repro.errors import ConfigError
 from pytest_repro.history import DEFAULT_BASES, TARGET_VARIABLES, History
-from pytest_repro.provenance import of_steps
+from pytest_repro.provenance import of_branch
 from pytest_repro.store import PENDING, Committed, Place
 from tests.unit.builders import REVIEW, generation, golden, output
 
@@ -48,8 +48,12 @@ class Repository:
     def steps(self, base: str) -> list[tuple[str, int]]:
         """(kind of change, parents) of every step, which must hold."""
         history = History.around(self.root)
-        found = list(history.steps(history.base(base, {}).commit))
-        assert list(of_steps(found)) == []
+        commit = history.base(base, {}).commit
+        found = list(history.steps(commit))
+        then, now = (
+            history.versions(rev, {s.path for s in found} | history.differing(commit)) for rev in (commit, "HEAD")
+        )
+        assert list(of_branch(found, then, now, base, commit)) == []
         return [
             ("deleted" if s.after is None else "new" if not any(s.before) else "changed", len(s.before)) for s in found
         ]
@@ -121,7 +125,7 @@ def test_a_merge_that_drops_a_golden_may_say_why(repository: Repository) -> None
     repository.accept(1)
     repository.git.checkout("-q", "branch")
     repository.git.merge("-q", "-s", "ours", "main", "-m", "merge")
-    assert repository.steps("main") == []
+    assert list(History.around(repository.root).steps("main")) == []
     repository.git.commit("--amend", "-qm", "merge\n\nGolden-Removed: nobody asks this")
     assert repository.steps("main") == [("deleted", 2)]
 
