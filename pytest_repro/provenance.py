@@ -15,7 +15,8 @@ from .golden import Agreed, Review, Sealed, sealed
 from .suite import Thresholds
 from .verdict import loosened
 
-_TRAILER = "commit that with a line 'Golden-Removed: why'"
+REMOVED = "commit that with a line 'Golden-Removed: why'"
+"""How a commit says that a golden went on purpose."""
 LFS_POINTER = b"version https://git-lfs.github.com/spec/v1\n"
 
 
@@ -24,7 +25,7 @@ class Finding:
     """One thing that does not hold."""
 
     kind: str
-    """`broken`, `unreviewed`, `uncommitted`, `chain`, `deleted`, `pending`, `thresholds`."""
+    """`broken`, `unreviewed`, `uncommitted`, `chain`, `deleted`, `unused`, `nested`, `pending`, `thresholds`."""
     where: str
     what: str
     fix: str
@@ -92,7 +93,7 @@ def _chosen_by_a_merge(path: str, then: Version | None, now: Version | None, nam
     back = f"git checkout {commit} -- {_stem(path)}.*" if then else f"git rm -q --cached -- {_stem(path)}.*"
     if now is None:
         what = f"{name} has this golden, and no commit says why it is gone: a merge dropped it"
-        return Finding("deleted", path, what, f"{back}; git commit; if it is meant, git rm it then, and {_TRAILER}")
+        return Finding("deleted", path, what, f"{back}; git commit; if it is meant, git rm it then, and {REMOVED}")
     what = (
         f"{name} has {'another' if then else 'no'} golden here, and a merge chose this one without a review beside it"
     )
@@ -112,7 +113,7 @@ def _of_step(step: Step, steps: Sequence[Step]) -> Iterator[Finding]:
             "deleted",
             step.path,
             f"commit {step.commit} deletes this golden",
-            f"{_undo(step)}; if it is meant, git rm it then, and {_TRAILER}",
+            f"{_undo(step)}; if it is meant, git rm it then, and {REMOVED}",
         )
 
 

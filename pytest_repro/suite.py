@@ -284,6 +284,23 @@ def thresholds_in(text: str | None, defaults: Mapping[str, Any], where: str) -> 
     return thresholds_by_class(named)
 
 
+def modes_in(text: str, defaults: Mapping[str, Any], where: str) -> tuple[str, ...]:
+    """The numerics modes of a suite.toml's text, over defaults.
+
+    Raises:
+        ConfigError: not TOML, or no list of modes.
+    """
+    try:
+        table = merge(defaults, tomllib.loads(text))
+    except tomllib.TOMLDecodeError as exc:
+        raise ConfigError(f"not valid TOML: {exc}", where=where) from None
+    run = table.get("run", {})
+    named = run.get("numerics", Suite.numerics) if isinstance(run, dict) else None
+    if not isinstance(named, list | tuple) or not all(isinstance(mode, str) for mode in named):
+        raise ConfigError("not a list of modes", where=f"{where}{_line_of(text, ['run', 'numerics'])} [run.numerics]")
+    return tuple(named)
+
+
 def thresholds_in_force(folder: Path) -> dict[str, Thresholds]:
     """By compute class, as a check of the suite in this folder reads them.
 

@@ -37,6 +37,7 @@ def _runner(project: Project, monkeypatch: pytest.MonkeyPatch) -> Callable[..., 
 
 
 def data(result: Result) -> Any:
+    assert result.stdout, result.stderr
     return json.loads(result.stdout)
 
 
@@ -264,6 +265,42 @@ def test_what_a_merge_dropped_of_the_targets_goldens(repository: Any) -> None:
     repo.git.rm("-qr", "golden/more")
     repo.git.commit("-qm", "Retire it\n\nGolden-Removed: nobody asks this")
     assert found() == []
+
+
+def test_a_golden_that_no_check_reads_any_more(repository: Any) -> None:
+    project, repo, run = repository
+
+    def found() -> list[tuple[str, str]]:
+        told = data(run("verify", "--base", "main", "--as-json"))
+        return [(f["kind"], f["what"]) for f in told["findings"]]
+
+    repo.git.checkout("-qb", "branch")
+    for modes in (["bf16", "fp32"], ["fp32"], ["native"]):
+        project.suite(run={"numerics": modes})
+        assert found() == []
+    project.suite(run={"numerics": ["fp16"]})
+    assert found() == [("unused", "no mode of its suite reads this golden any more, and one did in main")]
+    (project.folder / "suite.toml").unlink()
+    assert found() == [("unused", "its suite's suite.toml is gone since main")]
+    repo.git.commit("-qam", "less to check")
+    repo.git.rm("-q", "golden/demo/bf16.golden.jsonl", "golden/demo/bf16.golden.safetensors")
+    repo.git.commit("-qm", "Retire it\n\nGolden-Removed: nobody asks this")
+    assert found() == []
+
+
+def test_a_golden_in_a_repository_of_its_own(repository: Any) -> None:
+    project, repo, run = repository
+    shutil.copytree(project.folder, project.root / "golden/inner/demo")
+    inner = git.Repo.init(project.root / "golden/inner", initial_branch="main")
+    (found,) = data(run("verify", "--base", "main", "--as-json"))["findings"]
+    assert (found["kind"], found["where"]) == ("nested", "golden/inner/demo/bf16.golden.jsonl")
+    assert found["fix"] == "cd golden/inner && pytest-repro verify"
+    inner.git.add("-A")
+    inner.index.commit("first")
+    repo.git.add("golden/inner")
+    repo.index.commit("as a submodule")
+    assert data(run("verify", "--base", "main", "--as-json"))["findings"] == [found]
+    assert run("verify", "golden/inner", "--base", "main").exit_code == 0
 
 
 def test_thresholds_of_pyproject_count(repository: Any) -> None:
