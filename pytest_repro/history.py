@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path, PurePosixPath
+from shlex import quote
 from typing import Any
 
 from .errors import ConfigError, GoldenError
@@ -62,7 +63,7 @@ class History:
         except (git.InvalidGitRepositoryError, git.NoSuchPathError):
             raise ConfigError("this is not in a git repository", where=folder, fix="git init, and commit") from None
         except ValueError:
-            raise ConfigError("nothing was committed here yet", where=folder, fix="git add, git commit") from None
+            raise _no_commit(repository, folder) from None
         if repository.bare or repository.working_tree_dir is None:
             raise ConfigError("a bare repository has no files to look at", where=folder, fix="clone it")
         return cls(repository)
@@ -240,6 +241,19 @@ class History:
 
 def _is_golden(path: str, kind: str) -> bool:
     return path.endswith((f"{kind}.jsonl", f"{kind}.safetensors"))
+
+
+def _no_commit(repository: Any, folder: Path) -> ConfigError:
+    """GitPython says the same of a repository without a commit and of one that git refuses to read."""
+    _, _, told = repository.git.rev_parse("HEAD", with_extended_output=True, with_exceptions=False)
+    if "dubious ownership" not in str(told):
+        return ConfigError("nothing was committed here yet", where=folder, fix="git add, git commit")
+    trusted = quote(str(Path(repository.working_tree_dir or folder).resolve()))
+    return ConfigError(
+        "git reads no repository that somebody else owns",
+        where=folder,
+        fix=f"git config --global --add safe.directory {trusted}",
+    )
 
 
 def goldens(files: Iterable[str]) -> set[str]:

@@ -248,6 +248,19 @@ def test_no_repository_and_an_empty_one(tmp_path: Path, monkeypatch: pytest.Monk
         History.around(tmp_path)
 
 
+def test_a_checkout_that_somebody_else_owns(repository: Repository, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GIT_TEST_ASSUME_DIFFERENT_OWNER", "1")  # git's own switch, since no test may change owners
+    monkeypatch.setenv("GIT_CONFIG_NOSYSTEM", "1")
+    settings = repository.root.parent / "gitconfig"
+    monkeypatch.setenv("GIT_CONFIG_GLOBAL", str(settings))
+    (repository.root / "golden").mkdir()
+    with pytest.raises(ConfigError, match="somebody else owns") as caught:
+        History.around(repository.root / "golden")
+    assert caught.value.fix == f"git config --global --add safe.directory {repository.root}"
+    subprocess.run(caught.value.fix.split(), check=True)
+    assert History.around(repository.root / "golden").within(repository.root) == "."
+
+
 def test_a_path_outside(repository: Repository, tmp_path: Path) -> None:
     history = History.around(repository.root / "not" / "there" / "yet")
     with pytest.raises(ConfigError, match="outside of the repository"):
