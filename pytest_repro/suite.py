@@ -358,23 +358,21 @@ def parse_threshold(text: str) -> tuple[str, Any]:
     return name.strip(), value
 
 
-def parse_engine_option(text: str) -> tuple[str, Any]:
-    """`NAME=VALUE` of `--repro-engine-option` as TOML would read it, plain text where it is no TOML: `max_num_seqs=16`.
+def parse_engine_option(text: str, where: str = "--repro-engine-option") -> tuple[str, Any]:
+    """`NAME=VALUE` of an option as TOML would read it, plain text where it is no TOML: `max_num_seqs=16`.
 
     Raises:
         ConfigError: not of that form.
     """
     name, eq, raw = text.partition("=")
     if not eq or not name.strip():
-        raise ConfigError(
-            f"{text!r} is not NAME=VALUE", where="--repro-engine-option", fix="e.g. tensor_parallel_size=2"
-        )
+        raise ConfigError(f"{text!r} is not NAME=VALUE", where=where, fix="e.g. tensor_parallel_size=2")
     try:
         value = tomllib.loads(f"x = {raw.strip()}")["x"]
     except tomllib.TOMLDecodeError:
         value = raw.strip()
     if not isinstance(value, str | int | float | bool):
-        raise ConfigError(f"{text!r}: a string, a number or a boolean", where="--repro-engine-option")
+        raise ConfigError(f"{text!r}: a string, a number or a boolean", where=where)
     return name.strip(), value
 
 

@@ -83,6 +83,46 @@ def test_a_first_suite_as_json_with_its_workflow(project: Project, run: Callable
     assert suite.load(project.root / "golden/mine").model == "../../models/own", "relative to the suite, as suites are"
 
 
+def test_a_suite_that_names_code_is_run_with_leave(project: Project, run: Callable[..., Result]) -> None:
+    project.write("mine.txt", "a\n")
+    for i, args in enumerate([("--scorer", "scoring:right"), ("--engine", "mine:engine")]):
+        made = data(run("init", f"golden/m{i}", *INIT[2:], *args, "--as-json"))
+        assert made["next"] == [
+            f"pytest --repro-allow-code --repro-update golden/m{i}", f"pytest-repro review golden/m{i}",
+            f"pytest --repro-allow-code --repro-check golden/m{i}",
+        ]  # fmt: skip
+        assert "\n          arguments: --repro-allow-code # " in made["workflow"]
+    assert "--repro-allow-code" not in run(*INIT).stdout
+
+
+def test_a_suite_that_asks_a_server_says_which(
+    project: Project, run: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
+    project.write("mine.txt", "a\n")
+    address = "http://127.0.0.1:8000/v1"
+    ask = (*INIT[2:], "--engine", "openai")
+    done = run("init", "golden/a", *ask, "--engine-option", f"base_url={address}", "--engine-option", "retries=2")
+    assert done.exit_code == 0, done.output
+    assert suite.load(project.root / "golden/a").engine_options == {"base_url": address, "retries": 2}
+    assert run("init", "golden/b", *ask).exit_code == 2
+    monkeypatch.setenv("OPENAI_BASE_URL", address)
+    assert run("init", "golden/b", *ask).exit_code == 0
+    monkeypatch.delenv("OPENAI_BASE_URL")
+    project.pyproject(f'[tool.pytest-repro.engine.openai]\nbase_url = "{address}"\n')
+    assert run("init", "golden/c", *ask).exit_code == 0
+
+
+def test_the_workflow_names_the_suite_from_the_repositorys_root(
+    project: Project, run: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    project.write("golden/mine.txt", "a\n")
+    git.Repo.init(project.root)
+    monkeypatch.chdir(project.root / "golden")
+    made = data(run("init", "mine", *INIT[2:], "--as-json"))
+    assert made["next"][0] == "pytest --repro-update mine" and '          golden: "golden/mine"\n' in made["workflow"]
+
+
 def test_recording_at_once(project: Project) -> None:
     project.suite().write("mine.txt", "a\nb\n")
     rows = "".join(json.dumps({**project.rows[k], "id": f"p0{i}"}) + "\n" for i, k in enumerate("ab", 1))
@@ -121,7 +161,23 @@ BAD_INIT: dict[str, tuple[dict[str, str], tuple[str, ...], str]] = {
     "hostile-folder": (
         {"mine.txt": "x"}, ("init", "g/${{x}}", "--name", "m", *INIT[2:]), "signs that a workflow gives a meaning to"
     ),
-    "hostile-action": ({"mine.txt": "x"}, (*INIT, "--action", "a\nb"), "signs that a workflow gives a meaning to"),
+    "hostile-action": ({"mine.txt": "x"}, (*INIT, "--action", "a\nb"), "names no action"),
+    "no-server": ({"mine.txt": "x"}, (*INIT, "--engine", "openai"), "--engine-option base_url=http://127.0.0.1:8000/v1"),
+    "secret-server": (
+        {"mine.txt": "x"}, (*INIT, "--engine", "openai", "--engine-option", "base_url=http://u:p@h/v1"), "may hold no user"
+    ),
+    "unknown-engine-option": ({"mine.txt": "x"}, (*INIT, "--engine-option", "base_url=x"), "unknown key 'base_url'"),
+    "no-engine-option": ({"mine.txt": "x"}, (*INIT, "--engine-option", "x"), "--engine-option: 'x' is not NAME=VALUE"),
+    "outside": ({"mine.txt": "x"}, ("init", "../mine", *INIT[2:]), "lies outside of the project"),
+    "workflow-for-a-suite": (
+        {"mine.txt": "x"}, (*INIT, "--workflow", "golden/../golden/mine/suite.toml"), "cannot lie in the suite's folder"
+    ),
+    "workflow-in-a-suite": (
+        {"mine.txt": "x"}, (*INIT, "--workflow", "golden/mine/w.yml"), "cannot lie in the suite's folder"
+    ),
+    "workflow-for-a-folder": ({"mine.txt": "x"}, (*INIT, "--workflow", "golden"), "cannot lie in the suite's folder"),
+    "key-twice": ({"mine.txt": '{"prompt": "a", "prompt": "b"}'}, INIT, "mine.txt:1: not valid JSON: the key 'prompt' stands twice"),
+    "no-number": ({"mine.txt": '{"prompt": "a", "answer": NaN}'}, INIT, "mine.txt:1 [answer]: the answer is nan"),
 }  # fmt: skip
 
 
