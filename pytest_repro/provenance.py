@@ -80,9 +80,15 @@ def of_branch(
                 told += found
             elif reached & set(_before(step)):
                 reached.add(step.after)
-        if not told and now not in reached:
+        if not told and now not in reached and not (now is None and _moved_in_a_merge(path, then, steps)):
             told = [_chosen_by_a_merge(path, then, now, name, commit)]
         yield from told
+
+
+def _moved_in_a_merge(path: str, then: Version | None, steps: Sequence[Step]) -> bool:
+    """Whether the branch moved a suite, and a merge brought the base's newer golden to where it moved."""
+    left = any(step.path == path and step.after is None and not step.suite for step in steps)
+    return left and any(step.path != path and step.after == then for step in steps)
 
 
 def _before(step: Step) -> tuple[Version | None, ...]:

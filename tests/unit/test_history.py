@@ -130,6 +130,24 @@ def test_a_merge_that_drops_a_golden_may_say_why(repository: Repository) -> None
     assert repository.steps("main") == [("deleted", 2)]
 
 
+def test_a_suite_that_moved_while_its_golden_changed(repository: Repository) -> None:
+    (repository.root / "golden" / "s").mkdir(parents=True)
+    (repository.root / "golden" / "s" / "suite.toml").write_text("x\n" * 50)
+    repository.accept(1)
+    repository.git.checkout("-qb", "branch")
+    repository.git.mv("golden/s", "golden/t")
+    repository.commit("move")
+    repository.git.checkout("-q", "main")
+    repository.accept(2)
+    newer = {part: (repository.root / f"golden/s/bf16.golden.{part}").read_bytes() for part in ("jsonl", "safetensors")}
+    repository.git.checkout("-q", "branch")
+    repository.git.merge("-q", "--no-commit", "-s", "ours", "main")
+    for part, data in newer.items():
+        (repository.root / f"golden/t/bf16.golden.{part}").write_bytes(data)
+    repository.commit("merge")
+    assert repository.steps("main") == [("deleted", 1), ("new", 1), ("changed", 2)]
+
+
 def test_what_head_has_and_the_base_had(repository: Repository) -> None:
     repository.accept(1)
     repository.git.checkout("-qb", "branch")

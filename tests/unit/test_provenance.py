@@ -115,6 +115,20 @@ def test_a_golden_that_moved_is_neither_deleted_nor_new() -> None:
     assert kinds(replace(away, suite=True), here) == ["deleted", "chain"], "its suite stayed"
 
 
+def test_a_merge_that_brings_a_newer_golden_to_where_its_suite_moved() -> None:
+    old, new = PATH, "golden/new/bf16.golden.jsonl"
+    move = [step(FIRST, None), step(None, FIRST, path=new)]
+    merge = step(FIRST, SECOND, None, path=new, commit="merge")
+
+    def told(*steps: Step) -> list[tuple[str, str]]:
+        head = {s.path: s.after for s in steps if s.after}
+        return [(f.kind, f.where) for f in of_branch(steps, {old: SECOND}, head, "main", "abc")]
+
+    assert told(*move, merge) == [] and told(*move, merge, step(SECOND, THIRD, path=new)) == []
+    assert told(*move) == [("deleted", old)], "the merge kept the older one"
+    assert told(replace(move[0], suite=True, reason="x"), move[1], merge) == [("deleted", old)], "its suite stayed"
+
+
 def test_to_put_back_what_lay_there_is_no_change() -> None:
     gone, back = step(SECOND, None), step(None, SECOND, commit="other")
     assert kinds(gone, back) == [] and kinds(gone, back, step(SECOND, THIRD)) == []
