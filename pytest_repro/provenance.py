@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from shlex import quote
 
@@ -83,6 +83,15 @@ def of_branch(
         if not told and now not in reached and not (now is None and _moved_in_a_merge(path, then, steps)):
             told = [_chosen_by_a_merge(path, then, now, name, commit)]
         yield from told
+
+
+def with_origins(paths: Set[str], steps: Sequence[Step]) -> set[str]:
+    """Paths, and those that their goldens moved from; steps are oldest first."""
+    found = set(paths)
+    for step in reversed(steps):
+        if step.path in found and step.after is not None:
+            found |= {s.path for s in steps if _is_moved(step, s)}
+    return found
 
 
 def _moved_in_a_merge(path: str, then: Version | None, steps: Sequence[Step]) -> bool:

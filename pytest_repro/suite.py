@@ -254,13 +254,15 @@ def defaults_around(folder: Path) -> tuple[Path, dict[str, Any]]:
     return next(tables_around(folder), (folder.resolve() / "pyproject.toml", {}))
 
 
-def tables_around(folder: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
-    """Every pyproject.toml around a folder that has a table for this package, and it; the nearest first.
+def tables_around(folder: Path, top: Path | None = None) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """Every pyproject.toml around a folder, and no higher than `top`, that has a table for this package; the nearest first.
 
     Raises:
         ConfigError: one cannot be read.
     """
     for above in (folder.resolve(), *folder.resolve().parents):
+        if top is not None and not above.is_relative_to(top):
+            return
         file = above / "pyproject.toml"
         table = table_of(_read(file), str(file)) if file.is_file() else None
         if table is not None:

@@ -14,7 +14,7 @@ from . import numerics, store
 from .errors import ConfigError, GoldenError
 from .golden import Golden
 from .history import Base, History
-from .provenance import REMOVED, Finding, Step, Version, limits, loosened_since, of_branch
+from .provenance import REMOVED, Finding, Step, Version, limits, loosened_since, of_branch, with_origins
 from .store import PENDING, Committed, Place, Reviewer, typed
 from .suite import (
     SUITE_FILE,
@@ -78,7 +78,7 @@ def verify(path: Path, base: str | None, environment: Mapping[str, str]) -> Veri
 
 
 def _of_history(history: History, base: Base, under: str) -> tuple[list[Step], list[Finding]]:
-    """The steps below a folder and what does not hold in them; the others are asked for where a golden came from."""
+    """The steps below a folder, or where its goldens moved from, and what does not hold in them."""
 
     def shown(versions: Mapping[str, Version]) -> dict[str, Version]:
         return {typed(history.root / path): version for path, version in versions.items()}
@@ -88,7 +88,8 @@ def _of_history(history: History, base: Base, under: str) -> tuple[list[Step], l
     then, now = shown(history.versions(base.commit, paths)), shown(history.versions("HEAD", paths))
     steps = [replace(step, path=typed(history.root / step.path)) for step in found]
     told = of_branch(steps, then, now, base.name, base.commit[:12])
-    mine = {typed(history.root / path) for path in paths if under == "." or path.startswith(f"{under}/")}
+    below = {typed(history.root / path) for path in paths if under == "." or path.startswith(f"{under}/")}
+    mine = with_origins(below, steps)
     return [step for step in steps if step.path in mine], [finding for finding in told if finding.where in mine]
 
 
@@ -179,10 +180,7 @@ def _serves(place: Place, modes: tuple[str, ...]) -> bool:
 
 def _of_defaults(place: Place, history: History) -> Iterator[Finding]:
     """Which pyproject.toml counts must not depend on who asks: a check reads the one in pytest's rootdir."""
-    within = takewhile(
-        lambda file: file.is_relative_to(history.root), (file for file, _ in tables_around(place.folder))
-    )
-    near, *others = [typed(file) for file in within] or [""]
+    near, *others = [typed(file) for file, _ in tables_around(place.folder, history.root)] or [""]
     if others:
         yield Finding(
             "thresholds",

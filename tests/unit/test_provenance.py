@@ -10,7 +10,7 @@ import pytest
 from pytest_repro import golden as wire
 from pytest_repro.generation import digest
 from pytest_repro.golden import Agreed, Golden, Review, encode
-from pytest_repro.provenance import Finding, Step, Version, limits, loosened_since, of_branch
+from pytest_repro.provenance import Finding, Step, Version, limits, loosened_since, of_branch, with_origins
 from pytest_repro.suite import Thresholds
 from tests.unit.builders import REVIEW, generation, golden, output
 
@@ -169,6 +169,20 @@ def test_sound_steps_lead_from_what_the_base_has_to_what_head_has(name: str) -> 
     found = list(of_branch(steps, {PATH: then} if then else {}, {PATH: now} if now else {}, "main", "abc"))
     assert [f.kind for f in found] == wanted
     assert all("-- golden/s/bf16.golden.*; git commit" in f.fix for f in found)
+
+
+def test_a_golden_is_followed_to_where_it_moved_from() -> None:
+    a, b, c = ("golden/a/x.golden.jsonl", "golden/b/x.golden.jsonl", "golden/c/x.golden.jsonl")
+    steps = [
+        step(FIRST, SECOND, path=a, commit="1"),
+        step(SECOND, None, path=a, commit="2"),
+        step(None, SECOND, path=b, commit="2"),
+        step(None, SECOND, path=c, commit="3"),
+        step(SECOND, None, path=b, commit="3"),
+        step(SECOND, THIRD, path=c, commit="4"),
+    ]
+    assert with_origins({c}, steps) == {a, b, c} and with_origins({b}, steps) == {a, b}
+    assert with_origins({a}, steps) == {a} and with_origins(set(), steps) == set()
 
 
 def test_what_replaces_a_broken_golden_replaces_nothing() -> None:
