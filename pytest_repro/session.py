@@ -26,7 +26,7 @@ from .generation import digest
 from .report import document
 from .report.progress import Display
 from .store import STEM, atomic_write, typed
-from .suite import Overrides, Suite, defaults_of, load, parse_engine_option, parse_shard, parse_threshold
+from .suite import Overrides, Suite, defaults_around, load, parse_engine_option, parse_shard, parse_threshold
 
 
 class Session:
@@ -61,11 +61,6 @@ class Session:
             return folder.resolve().relative_to(self.config.invocation_params.dir.resolve()).as_posix()
         except ValueError:
             return str(folder)
-
-    def defaults(self) -> dict[str, Any]:
-        """The table `[tool.pytest-repro]` of pyproject.toml."""
-        file = self.config.rootpath / "pyproject.toml"
-        return defaults_of(file.read_text("utf-8"), typed(file)) if file.is_file() else {}
 
     def allow_code(self) -> bool:
         """Whether suites may name code."""
@@ -193,7 +188,7 @@ def validated(path: Path, session: Session) -> Suite:
         raise ConfigError(
             f"{golden!r} is not a golden's name", where="--repro-golden", fix="e.g. bf16 or bf16@cuda-sm90"
         )
-    suite = load(path, session.overrides(), session.defaults())
+    suite = load(path, session.overrides(), defaults_around(path)[1])
     option = session.config.option
     with _located("--repro-numerics" if option.repro_numerics else f"{typed(path)} [run.numerics]"):
         for mode in suite.numerics:

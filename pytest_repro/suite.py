@@ -217,15 +217,6 @@ def check_defaults(table: Mapping[str, Any], where: str) -> None:
             raise ConfigError(schemas.describe(error), where=f"{where} {name}".strip())
 
 
-def defaults_of(text: str, where: str) -> dict[str, Any]:
-    """The table `[tool.pytest-repro]` in the text of a pyproject.toml; {} without one.
-
-    Raises:
-        ConfigError: not TOML, or a key that may not be there.
-    """
-    return table_of(text, where) or {}
-
-
 def table_of(text: str, where: str) -> dict[str, Any] | None:
     """The table `[tool.pytest-repro]` in the text of a pyproject.toml; None without one.
 
@@ -248,25 +239,17 @@ def table_of(text: str, where: str) -> dict[str, Any] | None:
 def defaults_around(folder: Path) -> tuple[Path, dict[str, Any]]:
     """The nearest pyproject.toml around a folder that has a table for this package, and it; a file beside it and {}.
 
+    A check, an acceptance and `verify` all ask here, so that none is held to other thresholds than the others.
+
     Raises:
         ConfigError: it, or a nearer pyproject.toml, cannot be read.
     """
-    return next(tables_around(folder), (folder.resolve() / "pyproject.toml", {}))
-
-
-def tables_around(folder: Path, top: Path | None = None) -> Iterator[tuple[Path, dict[str, Any]]]:
-    """Every pyproject.toml around a folder, and no higher than `top`, that has a table for this package; the nearest first.
-
-    Raises:
-        ConfigError: one cannot be read.
-    """
     for above in (folder.resolve(), *folder.resolve().parents):
-        if top is not None and not above.is_relative_to(top):
-            return
         file = above / "pyproject.toml"
         table = table_of(_read(file), str(file)) if file.is_file() else None
         if table is not None:
-            yield file, table
+            return file, table
+    return folder.resolve() / "pyproject.toml", {}
 
 
 def thresholds_in(text: str | None, defaults: Mapping[str, Any], where: str) -> dict[str, Thresholds]:

@@ -22,7 +22,6 @@ from .suite import (
     defaults_around,
     modes_in,
     table_of,
-    tables_around,
     thresholds_in,
     thresholds_in_force,
 )
@@ -69,7 +68,6 @@ def verify(path: Path, base: str | None, environment: Mapping[str, str]) -> Veri
             for finding in (
                 *_of_nested(place, history),
                 *_of_use(place, history, since),
-                *_of_defaults(place, history),
                 *_of_thresholds(place, history, since),
             )
         ),
@@ -176,19 +174,6 @@ def _serves(place: Place, modes: tuple[str, ...]) -> bool:
     """Whether a suite of these modes is checked against this golden."""
     claimed = [numerics.mode(mode).compute_class for mode in modes]
     return None in claimed or place.stem.partition("@")[0] in claimed or bool(_falls_back(place, modes))
-
-
-def _of_defaults(place: Place, history: History) -> Iterator[Finding]:
-    """Which pyproject.toml counts must not depend on who asks: a check reads the one in pytest's rootdir."""
-    near, *others = [typed(file) for file, _ in tables_around(place.folder, history.root)] or [""]
-    if others:
-        yield Finding(
-            "thresholds",
-            near,
-            f"{' and '.join(others)} has a table [tool.pytest-repro] as well: a check reads the one in pytest's rootdir, "
-            "verify and accept the nearest",
-            "keep one of them",
-        )
 
 
 def _of_thresholds(place: Place, history: History, base: Base) -> Iterator[Finding]:

@@ -194,13 +194,6 @@ def test_the_thresholds_that_a_check_reads_are_those_that_verify_holds(change: C
     assert change.header()["review"]["thresholds"]["limits"]["max_divergent"] == 1.0
 
 
-def test_two_tables_of_defaults_are_named(change: Clone) -> None:
-    change.pyproject(LOOSE).write("golden/pyproject.toml", "[tool.pytest-repro.thresholds]\nmax_divergent = 0\n")
-    result = change.commit("Green again").verify()
-    assert result.rc == 1
-    assert "FAIL  golden/pyproject.toml: pyproject.toml has a table [tool.pytest-repro] as well" in result.out
-
-
 def test_what_was_accepted_twice_before_a_commit_is_one_step(change: Clone) -> None:
     first = change.header()["digest"]
     change.update().accept("one").flip("c", DRIFT).update().accept("two, since one was wrong")
