@@ -274,7 +274,9 @@ def test_prompts_that_were_set_aside_keep_their_verdict() -> None:
 def test_metrics_by_hand() -> None:
     rows = [scores("a", FLIPPED, [0, 0.125, 0, 0]), scores("b", [1, 2, 3, 9], [0, 0, 0, 0.5]),
             scores("c", SAME, logprob=[-0.5, -0.5, -0.5, -1.25])]  # fmt: skip
-    result = judging.judge_all(blank(), ABC, GOLDEN, gathered(rows), spell, False)
+    result = judging.judge_all(
+        replace(blank(), again="golden/s --repro-batch-size 2"), ABC, GOLDEN, gathered(rows), spell, False
+    )
     assert verdicts(result) == ["near_tie", "drift", "identical"]
     assert dict(result.metrics) == {
         "divergent": 2, "unexplained": 1, "waived": 0, "div_percent": pytest.approx(200 / 3), "mean_div_index": 2.0,
@@ -283,7 +285,10 @@ def test_metrics_by_hand() -> None:
     }  # fmt: skip
     assert [f.rule for f in result.failures] == ["unexplained 1 > max_unexplained 0", "divergent 2 > max_divergent 0"]
     commands = [command for command, _ in result.next_steps]
-    assert commands == ["pytest --repro-check golden/s --repro-numerics fp32", "pytest --repro-update golden/s"]
+    assert commands == [
+        "pytest --repro-check golden/s --repro-batch-size 2 --repro-numerics fp32",
+        "pytest --repro-update golden/s --repro-batch-size 2 --repro-numerics bf16",
+    ]
 
 
 def test_a_suite_that_passes_has_no_next_step() -> None:
