@@ -252,7 +252,7 @@ def expect_golden(suite: Suite, mode: str, options: Options) -> None:
             fitting[0].read()
         if fitting:
             return
-    store.find(suite.folder, claimed, "", _again(suite, options))
+    store.find(suite.folder, claimed, "", f"{_again(suite, options)} --repro-numerics {mode}")
 
 
 def find_golden(suite: Suite, mode: str, result: SuiteResult, options: Options) -> Golden:
@@ -262,7 +262,7 @@ def find_golden(suite: Suite, mode: str, result: SuiteResult, options: Options) 
     observed = (result.observed or {}).get("compute_class", "unknown")
     wanted = numerics.mode(mode).compute_class or observed
     device = str(result.environment.get("device_class", ""))
-    return store.find(suite.folder, str(wanted), device, _again(suite, options)).read()
+    return store.find(suite.folder, str(wanted), device, f"{_again(suite, options)} --repro-numerics {mode}").read()
 
 
 @contextmanager

@@ -64,7 +64,7 @@ class History:
             raise ConfigError(
                 "this is not in a git repository", where=folder, fix="git init && git add -A && git commit"
             ) from None
-        except ValueError:
+        except (ValueError, BrokenPipeError):  # a git that refuses may be gone before it was asked
             raise _no_commit(repository, folder) from None
         if repository.bare or repository.working_tree_dir is None:
             raise ConfigError("a bare repository has no files to look at", where=folder, fix="clone it")

@@ -183,7 +183,8 @@ def find(folder: Path, compute_class: str, device_class: str, again: str = "") -
         if Place(folder, name).text.exists():
             return Place(folder, name)
     there = ", ".join(p.stem for p in places(folder)) or "none"
-    record = f"pytest --repro-update {again or quote(typed(folder))} --repro-numerics {compute_class}   # then pytest-repro review"
+    asked = again or f"{quote(typed(folder))} --repro-numerics {compute_class}"
+    record = f"pytest --repro-update {asked}   # then pytest-repro review"
     waiting = [p for p in places(folder, PENDING) if p.stem in candidates_for(compute_class, device_class)]
     raise GoldenMissing(
         f"there is no golden for {compute_class} on {device_class or 'any device'} (goldens here: {there})",

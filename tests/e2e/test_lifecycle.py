@@ -41,7 +41,7 @@ def test_a_golden_stands_only_after_it_was_accepted_with_a_reason(project: Proje
 
     unaccepted = project.check()
     assert unaccepted.rc == 1
-    assert "a candidate waits: pytest-repro review golden/demo" in unaccepted.out
+    assert "pytest-repro review golden/demo   # a candidate waits" in unaccepted.out
 
     listed = project.cli("pending")
     assert listed.rc == 1
