@@ -17,12 +17,17 @@ _THRESHOLDS = {f.name for f in fields(Thresholds)}
 _PLAIN = ("model", "engine", "numerics", "batch_size", "max_new_tokens")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Run:
     """What a check found; truthy numbers only where everything was judged."""
 
     results: tuple[Mapping[str, Any], ...]
     """One document a numerics mode, as in the JSON report; a recording's while recording."""
+
+    def __repr__(self) -> str:
+        """Short: an assertion that fails prints it."""
+        told = (f"{r['path']} [{r['numerics']}] {r.get('verdict', 'recorded')}" for r in self.results)
+        return f"Run({', '.join(told)})"
 
     @property
     def accuracy(self) -> float:
@@ -123,9 +128,9 @@ class Repro:
         return self._state.overrides().under(mine), opener
 
     def _run(self, suite: Suite, opener: Any) -> Run:
-        if self._state.updating:
-            return Run(tuple(self._state.record(suite, mode, opener=opener) for mode in suite.numerics))
-        return Run(tuple(self._state.check(suite, mode, opener=opener) for mode in suite.numerics))
+        run = self._state.record if self._state.updating else self._state.check
+        again = self._state.again(self._node.nodeid)
+        return Run(tuple(run(suite, mode, opener=opener, again=again) for mode in suite.numerics))
 
     @staticmethod
     def _story(result: Mapping[str, Any]) -> str:

@@ -5,7 +5,7 @@ Needs a git program, as GitPython does.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path, PurePosixPath
@@ -61,8 +61,10 @@ class History:
             repository = git.Repo(start, search_parent_directories=True)
             repository.head.commit.hexsha  # noqa: B018  (raises where there is no commit)
         except (git.InvalidGitRepositoryError, git.NoSuchPathError):
-            raise ConfigError("this is not in a git repository", where=folder, fix="git init, and commit") from None
-        except ValueError:
+            raise ConfigError(
+                "this is not in a git repository", where=folder, fix="git init && git add -A && git commit"
+            ) from None
+        except (ValueError, BrokenPipeError):  # a git that refuses may be gone before it was asked
             raise _no_commit(repository, folder) from None
         if repository.bare or repository.working_tree_dir is None:
             raise ConfigError("a bare repository has no files to look at", where=folder, fix="clone it")
@@ -210,6 +212,15 @@ class History:
         found = {path: self._version(_pair(tree, path)) for path in sorted(paths)}
         return {path: version for path, version in found.items() if version is not None}
 
+    def last(self, path: str, sound: Callable[[Version], bool]) -> str:
+        """The newest commit, abbreviated, in which a golden is sound; "" where none of the last fifty that changed it is."""
+        both = (path, str(PurePosixPath(path).with_suffix(".safetensors")))
+        for commit in str(self._git.rev_list("-n", "50", "HEAD", "--", *both)).split():
+            version = self.versions(commit, [path]).get(path)
+            if version is not None and sound(version):
+                return commit[:12]
+        return ""
+
     def differing(self, base: str) -> set[str]:
         """Paths of the base's goldens that HEAD does not have as they were."""
         then, now = self.files(base, "."), self.files("HEAD", ".")
@@ -247,7 +258,7 @@ def _no_commit(repository: Any, folder: Path) -> ConfigError:
     """GitPython says the same of a repository without a commit and of one that git refuses to read."""
     _, _, told = repository.git.rev_parse("HEAD", with_extended_output=True, with_exceptions=False)
     if "dubious ownership" not in str(told):
-        return ConfigError("nothing was committed here yet", where=folder, fix="git add, git commit")
+        return ConfigError("nothing was committed here yet", where=folder, fix="git add -A && git commit")
     trusted = quote(str(Path(repository.working_tree_dir or folder).resolve()))
     return ConfigError(
         "git reads no repository that somebody else owns",

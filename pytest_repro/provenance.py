@@ -105,7 +105,7 @@ def _before(step: Step) -> tuple[Version | None, ...]:
 
 
 def _chosen_by_a_merge(path: str, then: Version | None, now: Version | None, name: str, commit: str) -> Finding:
-    back = f"git checkout {commit} -- {_stem(path)}.*" if then else f"git rm -q --cached -- {_stem(path)}.*"
+    back = f"git checkout {commit} -- {files_of(path)}" if then else f"git rm -q --cached -- {files_of(path)}"
     if now is None:
         what = f"{name} has this golden, and no commit says why it is gone: a merge dropped it"
         return Finding("deleted", path, what, f"{back}; git commit; if it is meant, git rm it then, and {REMOVED}")
@@ -135,7 +135,7 @@ def _of_step(step: Step, steps: Sequence[Step]) -> Iterator[Finding]:
 def _undo(step: Step) -> str:
     """What puts back the golden that a commit replaced, or nothing where there was none."""
     there = f"checkout {step.commit}^" if any(step.before[:1]) else "rm -q --cached"
-    return f"git {there} -- {_stem(step.path)}.*; git commit"
+    return f"git {there} -- {files_of(step.path)}; git commit"
 
 
 def _is_moved(step: Step, other: Step) -> bool:
@@ -216,6 +216,11 @@ def _short(name: str | None) -> str:
 def _stem(path: str) -> str:
     """As a shell may be given it: a folder's name comes with a pull request."""
     return quote(path.removesuffix(".jsonl"))
+
+
+def files_of(path: str) -> str:
+    """Both parts of a golden as git's own pattern: a shell would expand it by what happens to lie there."""
+    return quote(path.removesuffix(".jsonl") + ".*")
 
 
 def _folder(path: str) -> str:

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, MutableMapping
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from filelock import FileLock
@@ -86,9 +87,23 @@ class Session:
             engine_options=dict(parse_engine_option(text) for text in option.repro_engine_option),
         )
 
+    def again(self, target: str) -> str:
+        """What pytest is given to run a suite, or a test, as it runs now: with the options that change what is compared."""
+        option = self.config.option
+        one = {
+            "--repro-engine": option.repro_engine,
+            "--repro-model": option.repro_model,
+            "--repro-batch-size": option.repro_batch_size,
+            "--repro-golden": option.repro_golden,
+        }
+        asked = [f"{name} {quote(str(value))}" for name, value in one.items() if value is not None]
+        asked += [f"--repro-engine-option {quote(text)}" for text in option.repro_engine_option]
+        return " ".join([quote(target), *asked, *(["--repro-allow-code"] if self.allow_code() else [])])
+
     def options(self, folder: Path, **more: Any) -> Options:
         """How to check a suite."""
         option = self.config.option
+        more = {"again": self.again(self.shown(folder)), **more}
         return Options(
             method=option.repro_method,
             arbiter=option.repro_arbiter,
@@ -107,7 +122,7 @@ class Session:
         options = self.options(suite.folder, **more)
         # A set is spelt in another order by every worker: what goes into the key is sorted.
         sets = [sorted(found) if found is not None else None for found in (options.selected, options.allow_changed)]
-        key = digest(repr((suite, mode, replace(options, selected=None, allow_changed=frozenset()), sets)))
+        key = digest(repr((suite, mode, replace(options, selected=None, allow_changed=frozenset(), again=""), sets)))
         if more.get("opener"):  # a callable of one test's own: no other worker has it
             found = self._check(suite, mode, more)
         else:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import takewhile
@@ -14,7 +14,18 @@ from . import numerics, store
 from .errors import ConfigError, GoldenError
 from .golden import Golden
 from .history import Base, History
-from .provenance import REMOVED, Finding, Step, Version, limits, loosened_since, of_branch, with_origins
+from .provenance import (
+    REMOVED,
+    Finding,
+    Step,
+    Version,
+    files_of,
+    limits,
+    loosened_since,
+    of_branch,
+    verified,
+    with_origins,
+)
 from .store import PENDING, Committed, Place, Reviewer, typed
 from .suite import (
     SUITE_FILE,
@@ -99,7 +110,8 @@ def _of_files(places: list[Place], history: History, under: str) -> Iterator[Fin
         try:
             golden = place.read()
         except GoldenError as exc:
-            yield Finding("broken", shown, exc.what, exc.fix)
+            yield Finding("broken", shown, exc.what, _restore(place, history, loose, exc.fix))
+            continue  # to commit it as it lies here is not what mends it
         else:
             if golden.review is None:
                 yield Finding("unreviewed", shown, "nobody accepted this golden", _anew(place))
@@ -108,13 +120,28 @@ def _of_files(places: list[Place], history: History, under: str) -> Iterator[Fin
                 "uncommitted",
                 shown,
                 "git does not have it as it lies here",
-                f"git add {quote(shown[:-6])}.*, git commit",
+                f"git add {files_of(shown)} && git commit",
             )
+
+
+def _restore(place: Place, history: History, loose: Set[str], fix: str) -> str:
+    """What puts a broken golden right: HEAD's own where it was broken here, or else the last commit's that was sound."""
+    if {history.within(file) for file in (place.text, place.numbers)} & loose:
+        return fix
+    sound = history.last(history.within(place.text), lambda version: _is_sound(version, typed(place.text)))
+    return f"git checkout {sound} -- {files_of(typed(place.text))} && git commit" if sound else _anew(place)
+
+
+def _is_sound(version: Version, path: str) -> bool:
+    try:
+        return verified(version, path).review is not None
+    except GoldenError:
+        return False
 
 
 def _anew(place: Place) -> str:
     folder = quote(typed(place.folder))
-    return f"pytest --repro-update {folder}, then pytest-repro review {folder}"
+    return f"pytest --repro-update {folder} && pytest-repro review {folder}"
 
 
 def _of_pending(history: History, under: str) -> Iterator[Finding]:
@@ -122,7 +149,10 @@ def _of_pending(history: History, under: str) -> Iterator[Finding]:
         if path.endswith((f"{PENDING}.jsonl", f"{PENDING}.safetensors")):
             shown = typed(history.root / path)
             yield Finding(
-                "pending", shown, "a pending golden was committed", f"git rm --cached {quote(shown)}, and review it"
+                "pending",
+                shown,
+                "a pending golden was committed",
+                f"git rm --cached {quote(shown)} && git commit   # then review it",
             )
 
 
@@ -147,7 +177,7 @@ def _of_use(place: Place, history: History, base: Base) -> Iterator[Finding]:
     if text is None or not _served_then(place, text, _defaults_at(history, base, there), suite):
         return
     shown, here = typed(place.text), place.folder / SUITE_FILE
-    retired = f"or git rm {quote(shown[:-6])}.*, and {REMOVED}"
+    retired = f"or git rm {files_of(shown)}, and {REMOVED}"
     if not here.is_file() and there == history.within(place.text):
         back = f"git checkout {base.commit[:12]} -- {quote(typed(here))}; git commit"
         yield Finding("unused", shown, f"its suite's {SUITE_FILE} is gone since {base.name}", f"{back}; {retired}")

@@ -76,7 +76,7 @@ def init(
         as_data({"suite": str(folder), "name": recipe.name, "prompts": len(read), "numerics": list(recipe.numerics),
                  "written": [str(file) for file in made], "next": steps, "workflow": ci})  # fmt: skip
     else:
-        _tell(recipe, list(made), steps, ci if workflow is None else "", action)
+        _tell(recipe, list(made), steps[1:] if record else steps, ci if workflow is None else "", action)
     if record:
         _record(recipe, folder, quiet=as_json)
 
@@ -230,6 +230,13 @@ def _tell(recipe: Recipe, made: list[Path], steps: list[str], ci: str, action: s
     say(
         f"      {len(recipe.prompts)} prompts, {answers} with an answer; {', '.join(recipe.numerics)}; scorer {recipe.scorer}"
     )
+    if not answers:
+        say("      without answers, accuracy is not judged")
+    if well_formed(recipe.model) and needs_model(recipe.engine) and not _is_pinned(recipe.model):
+        say(
+            f"note  {recipe.model} names no revision: another one may answer tomorrow, and its golden be incomparable",
+            "yellow",
+        )
     for i, step in enumerate(steps):
         say(f"{'next' if i == 0 else '':<5} {step}", "bold")
     if ci:
@@ -240,6 +247,10 @@ def _tell(recipe: Recipe, made: list[Path], steps: list[str], ci: str, action: s
             f"note  {action} is not here: copy it from pytest-repro, or name it with --action OWNER/REPO/PATH@COMMIT",
             "yellow",
         )
+
+
+def _is_pinned(model: str) -> bool:
+    return "@" in model or ":" in model or model.startswith((".", "/"))
 
 
 def _record(recipe: Recipe, folder: Path, *, quiet: bool) -> None:

@@ -428,6 +428,35 @@ def test_loosened_thresholds_are_shown_before_they_are_accepted(repository: Any)
     assert done.stdout.index("THRESHOLDS LOOSENED") < done.stdout.index("accepted golden/demo/bf16.golden.jsonl")
 
 
+def test_a_first_golden_is_read_before_it_is_accepted(project: Project, run: Callable[..., Result]) -> None:
+    project.suite(answers={"a": "7"}, texts={"a": "I say 7"}).update()
+    shown = run("diff")
+    assert "new        a  4 tokens, stop, right" in shown.stdout and "now     I say 7" in shown.stdout
+    assert data(run("diff", "--as-json"))[0]["counts"] == {"new": 4}
+    file = str(project.folder / "bf16.pending.jsonl")
+    assert "I say 7" in run("show", file).stdout and "accepted  by nobody yet" in run("show", file).stdout
+    waiting = run("show")
+    assert (
+        waiting.exit_code == 2
+        and "a candidate waits" in waiting.stderr
+        and "mend:  pytest-repro diff golden" in waiting.stderr
+    )
+
+
+def test_thresholds_are_shown_where_a_reason_seals_them(repository: Any) -> None:
+    project, _, run = repository
+    project.suite(thresholds={"max_divergent": 4})
+    done = run("accept", "golden", "--thresholds", "--reason", "a coin toss")
+    assert done.exit_code == 0 and "bf16.golden.jsonl: max_divergent 0 -> 4" in done.stderr
+    assert "no threshold is looser" in run("accept", "golden", "--thresholds", "--reason", "again").stderr
+
+
+def test_several_pending_goldens_are_named_on_one_line(project: Project, run: Callable[..., Result]) -> None:
+    project.suite(run={"numerics": ["bf16", "fp32"]}).update()
+    said = run("reject", "golden").stderr
+    assert "2 pending: golden/demo/bf16.pending.jsonl, golden/demo/fp32.pending.jsonl" in said.replace("\n", " ")
+
+
 def test_accuracy_and_envelope_before_and_after(project: Project, run: Callable[..., Result]) -> None:
     rows = {"a": [1], "b": [2], "c": [3]}
     project.suite(rows, answers=dict.fromkeys(rows, "7"), texts=dict.fromkeys(rows, "7")).update().accept()

@@ -182,6 +182,19 @@ def test_a_reason_for_looser_thresholds_is_recorded(change: Clone) -> None:
     assert change.check().rc == 0
 
 
+def test_a_broken_golden_that_was_committed_is_brought_back_whole(change: Clone) -> None:
+    """By the very command that is printed; HEAD has the damage, and a shell would expand a pattern by what lies there."""
+    _by_hand(change)
+    (change.folder / "bf16.golden.safetensors").unlink()
+    change.commit("Green again")
+    result = change.verify("--base", "HEAD")
+    assert result.rc == 1 and result.out.count("FAIL  golden/demo/bf16.golden.jsonl") == 1
+    mend = next(line for line in result.out.splitlines() if "mend: " in line).split("mend: ")[1]
+    typed = mend.replace("git commit", "git -c user.name=Dev -c user.email=dev@example.org commit -qm back")
+    subprocess.run(["bash", "-ec", typed], cwd=change.root, check=True)
+    assert change.verify("--base", "HEAD").rc == 0
+
+
 LOOSE = "[tool.pytest-repro.thresholds]\nmax_divergent = 1.0\nmax_unexplained = 1.0\n"
 
 

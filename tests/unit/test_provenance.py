@@ -83,7 +83,7 @@ def test_a_finding_names_file_commit_and_what_mends_it() -> None:
     (found,) = findings(step(FIRST, THIRD))
     assert found.where == PATH and "commit abc" in found.what
     assert str(digest_of(SECOND))[:19] in found.what and str(digest_of(FIRST))[:19] in found.what
-    assert "git checkout abc^ -- golden/s/bf16.golden.*" in found.fix and "pytest-repro review golden/s" in found.fix
+    assert "git checkout abc^ -- 'golden/s/bf16.golden.*'" in found.fix and "pytest-repro review golden/s" in found.fix
 
 
 def test_a_command_that_mends_holds_no_command_of_a_folders_name() -> None:
@@ -94,7 +94,8 @@ def test_a_command_that_mends_holds_no_command_of_a_folders_name() -> None:
         step(FIRST, Version(b"", None), path=hostile),
     ):
         (found,) = findings(bad)
-        parts = [hostile.removesuffix(".jsonl"), hostile.replace("golden.jsonl", "pending"), "golden/$(touch x); y"]
+        stem = hostile.removesuffix(".jsonl")
+        parts = [stem, f"{stem}.*", hostile.replace("golden.jsonl", "pending"), "golden/$(touch x); y"]
         rest = found.fix
         for part in parts:
             rest = rest.replace(shlex.quote(part), "")
@@ -168,7 +169,7 @@ def test_sound_steps_lead_from_what_the_base_has_to_what_head_has(name: str) -> 
     then, now, steps, wanted = LED[name]
     found = list(of_branch(steps, {PATH: then} if then else {}, {PATH: now} if now else {}, "main", "abc"))
     assert [f.kind for f in found] == wanted
-    assert all("-- golden/s/bf16.golden.*; git commit" in f.fix for f in found)
+    assert all("-- 'golden/s/bf16.golden.*'; git commit" in f.fix for f in found)
 
 
 def test_a_golden_is_followed_to_where_it_moved_from() -> None:
