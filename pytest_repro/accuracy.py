@@ -72,7 +72,8 @@ def _regex(pattern: str, where: str) -> Scorer:
     except re.error as exc:
         raise ConfigError(f"the scorer's pattern is not a regular expression: {exc}", where=where) from None
     if not pattern:
-        raise ConfigError('scorer = "regex" needs a pattern', where=where, fix="add pattern = '...' under [suite]")
+        fix = "--pattern '...'" if where.startswith("--") else "add pattern = '...' under [suite]"
+        raise ConfigError('scorer = "regex" needs a pattern', where=where, fix=fix)
 
     def matches(text: str, answer: str) -> bool:
         found = compiled.findall(text)

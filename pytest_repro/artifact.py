@@ -12,6 +12,7 @@ import zipfile
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from shlex import quote
 from typing import IO, Any
 
 from . import golden as wire
@@ -157,7 +158,7 @@ def arrivals(contents: Contents, root: Path, *, source: Path, force: bool) -> li
     texts = [name for name in contents.files if name.suffix == ".jsonl"]
     lone = [name for name in contents.files if name.with_suffix(".jsonl") not in texts]
     if lone:
-        raise GoldenError(f"{lone[0]} has no text part beside it", where=source, fix="download it again")
+        raise GoldenError(f"{lone[0]} has no text part beside it", where=source, fix=_again(lone[0], root))
     if not texts:
         ignored = f" (ignored: {', '.join(contents.ignored[:5])})" if contents.ignored else ""
         raise ConfigError(f"no pending golden is in it{ignored}", where=source, fix=_MADE_BY)
@@ -177,7 +178,12 @@ def arrivals(contents: Contents, root: Path, *, source: Path, force: bool) -> li
 def _arrival(name: PurePosixPath, contents: Contents, root: Path, source: Path) -> Arrival:
     where = f"{source}: {name}"
     numbers = contents.files.get(name.with_suffix(".safetensors"))
-    golden = wire.decode(contents.files[name], numbers, where, regenerate="download it again")
+    again = _again(name, root)
+    try:
+        golden = wire.decode(contents.files[name], numbers, where, regenerate=again)
+    except GoldenError as exc:  # git has no file of an artifact
+        fix = again if exc.fix.startswith("git checkout") else exc.fix
+        raise GoldenError(exc.what, where=exc.where, fix=fix) from None
     if golden.review is not None:
         raise GoldenError("a candidate that carries a review already", where=where, fix="review it here")
     place = Place.named(_folder(name, golden, root, where) / name.name, PENDING)
@@ -191,6 +197,16 @@ def _arrival(name: PurePosixPath, contents: Contents, root: Path, source: Path) 
     else:
         state = "same" if there and digest(b"".join(wire.encode(there))) == canonical else "replaced"
     return Arrival(name, place, golden, state)
+
+
+def _again(name: PurePosixPath, root: Path) -> str:
+    """How to come by a candidate that arrived damaged."""
+    folders = (root.joinpath(*name.parent.parts[i:]) for i in range(len(name.parent.parts)))
+    suite = next((folder for folder in folders if (folder / SUITE_FILE).is_file()), _golden_folder(root))
+    return (
+        f"gh run download --name repro-pending, and fetch it again; or pytest --repro-update {quote(typed(suite))}, "
+        "which records it here"
+    )
 
 
 def _folder(name: PurePosixPath, golden: Golden, root: Path, where: str) -> Path:

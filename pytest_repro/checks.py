@@ -83,10 +83,12 @@ def _accuracy(result: SuiteResult, test: PairedTest | None) -> Check:
         elif any(p.score_golden is not None and p.score_now is None for p in result.prompts):
             why = "prompts that differ were only replayed, not generated (--repro-method auto or decode generates them)"
         return Check("accuracy", "skip", f"not judged: {why}")
-    power = "no drop" if test.smallest_drop is None else f"a drop of {test.smallest_drop:.1f} points"
+    power = "are too few to show a drop"
+    if test.smallest_drop is not None:
+        power = f"can show a drop of {test.smallest_drop:.1f} points"
     message = (
         f"{test.golden:.1f} % -> {test.now:.1f} %   {test.lost} lost, {test.gained} gained, p = {test.p_value:.2g}; "
-        f"{test.n} prompts can show {power}"
+        f"{test.n} prompts {power}"
     )
     failed = test.fails(result.thresholds.accuracy_drop, result.thresholds.alpha)
     return Check("accuracy", "fail" if failed else "pass", message)
@@ -142,7 +144,7 @@ def _next_steps(result: SuiteResult) -> tuple[tuple[str, str], ...]:
     if counts.get(Verdict.NEAR_TIE) and not fp32:
         steps.append(
             (
-                f"pytest --repro-check {result.path} --repro-numerics fp32",
+                f"pytest --repro-check {result.again} --repro-numerics fp32",
                 "FP32 (or LayerCast) removes what is only rounding",
             )
         )
@@ -151,7 +153,7 @@ def _next_steps(result: SuiteResult) -> tuple[tuple[str, str], ...]:
     if any(c.field == "model.weights" for c in result.environment_diff) and counts.get(Verdict.INCOMPARABLE):
         steps.append(
             (
-                f"pytest --repro-check {result.path} --repro-allow-changed model",
+                f"pytest --repro-check {result.again} --repro-numerics {result.numerics} --repro-allow-changed model",
                 "if another model is meant to be compared",
             )
         )
@@ -166,7 +168,8 @@ def _next_steps(result: SuiteResult) -> tuple[tuple[str, str], ...]:
         or counts.get(Verdict.MISSING)
         or counts.get(Verdict.INCOMPARABLE)
     ):
-        steps.append((f"pytest --repro-update {result.path}", "if it is meant; then pytest-repro review"))
+        record = f"pytest --repro-update {result.again} --repro-numerics {result.numerics}"
+        steps.append((record, "if it is meant; then pytest-repro review"))
     return tuple(steps)
 
 

@@ -11,18 +11,23 @@ from typing import Any
 
 from .engines.function import from_function
 from .errors import ConfigError, ReproError
-from .suite import Overrides, Prompt, Suite, Thresholds, apply, from_table, load, merge
+from .suite import Overrides, Prompt, Suite, Thresholds, apply, defaults_around, from_table, load, merge
 
 _THRESHOLDS = {f.name for f in fields(Thresholds)}
 _PLAIN = ("model", "engine", "numerics", "batch_size", "max_new_tokens")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Run:
     """What a check found; truthy numbers only where everything was judged."""
 
     results: tuple[Mapping[str, Any], ...]
     """One document a numerics mode, as in the JSON report; a recording's while recording."""
+
+    def __repr__(self) -> str:
+        """Short: an assertion that fails prints it."""
+        told = (f"{r['path']} [{r['numerics']}] {r.get('verdict', 'recorded')}" for r in self.results)
+        return f"Run({', '.join(told)})"
 
     @property
     def accuracy(self) -> float:
@@ -61,7 +66,8 @@ class Repro:
 
     def _check(self, path: str | Path, keywords: Mapping[str, Any]) -> Run:
         overrides, opener = self._overrides(keywords)
-        return self._run(load(self._node.config.rootpath / path, overrides, self._state.defaults()), opener)
+        folder = self._node.config.rootpath / path
+        return self._run(load(folder, overrides, defaults_around(folder)[1]), opener)
 
     def check_prompt(self, prompt: str | list[dict[str, str]], *, answer: str | None = None, **keywords: Any) -> Run:
         """Check a single prompt; its golden is named after the test and lies under the first of `repro_paths`."""
@@ -75,12 +81,13 @@ class Repro:
         name = f"{re.sub(r'[^A-Za-z0-9._-]+', '-', node).strip('-')}-{hashlib.sha256(node.encode()).hexdigest()[:6]}"
         if self._calls > 1:
             name += f"-{self._calls}"
-        defaults = self._state.defaults()
+        folder = self._state.paths[0] / "tests" / name
+        defaults = defaults_around(folder)[1]
         model = overrides.model or defaults.get("suite", {}).get("model")
         if model is None and opener is None:
             raise ConfigError("no model is named", where=self._node.nodeid, fix='@pytest.mark.repro(model="...")')
         table = merge(defaults, {"suite": {"name": name, "model": model or ""}})
-        suite = from_table(table, folder=self._state.paths[0] / "tests" / name, prompts=(prompt,))
+        suite = from_table(table, folder=folder, prompts=(prompt,))
         if model and not overrides.model and (self._node.config.rootpath / model).is_dir():
             suite = replace(suite, model=str(self._node.config.rootpath / model))
         return self._run(apply(suite, overrides), opener)
@@ -121,9 +128,9 @@ class Repro:
         return self._state.overrides().under(mine), opener
 
     def _run(self, suite: Suite, opener: Any) -> Run:
-        if self._state.updating:
-            return Run(tuple(self._state.record(suite, mode, opener=opener) for mode in suite.numerics))
-        return Run(tuple(self._state.check(suite, mode, opener=opener) for mode in suite.numerics))
+        run = self._state.record if self._state.updating else self._state.check
+        again = self._state.again(self._node.nodeid)
+        return Run(tuple(run(suite, mode, opener=opener, again=again) for mode in suite.numerics))
 
     @staticmethod
     def _story(result: Mapping[str, Any]) -> str:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from shlex import quote
 from typing import Literal, Protocol
 
 import numpy as np
@@ -83,6 +84,8 @@ class Options:
     """The part of the suite that this process takes; None: all of it."""
     shown_path: str = ""
     """The suite's folder as the user would type it."""
+    again: str = ""
+    """What pytest was given to run this, but for the mode: the suite or the test, and the options that change what runs."""
 
 
 def check(suite: Suite, mode: str, options: Options, show: Progress | None = None) -> SuiteResult:
@@ -90,7 +93,7 @@ def check(suite: Suite, mode: str, options: Options, show: Progress | None = Non
     started, show = time.monotonic(), show or Silent()
     claimed = numerics.mode(mode).compute_class
     result = judging.blank(suite, mode, claimed, options.selected, options.shown_path, options.shard)
-    result = replace(result, settings=_settings(suite, options))
+    result = replace(result, settings=_settings(suite, options), again=_again(suite, options))
     if not result.shard_size:
         return judging.idle(result)
     try:
@@ -116,6 +119,10 @@ def check(suite: Suite, mode: str, options: Options, show: Progress | None = Non
     finally:
         show.close()
     return replace(result, seconds=time.monotonic() - started)
+
+
+def _again(suite: Suite, options: Options) -> str:
+    return options.again or quote(options.shown_path or str(suite.folder))
 
 
 def _settings(suite: Suite, options: Options) -> dict[str, str | int | None]:
@@ -166,6 +173,8 @@ def _record_on(
         golden=place.text.name,
         prompts=len(golden.generation),
         changed=None if previous is None else sum(p["verdict"] != "identical" for p in notes),
+        cut=golden.generation.finish_reasons.count("length"),
+        max_new_tokens=suite.max_new_tokens,
         accuracy=golden.accuracy,
         noise={"mean_abs_dlogp": golden.noise.mean_abs_dlogp, "max_deficit": golden.noise.max_deficit},
         seconds=time.monotonic() - started,
@@ -228,19 +237,22 @@ def _part(suite: Suite, shard: Shard) -> Part:
 
 
 def expect_golden(suite: Suite, mode: str, options: Options) -> None:
-    """Fail before a model is loaded for nothing: some golden of the class that the mode claims must lie there.
+    """Fail before a model is loaded for nothing: a golden of the class that the mode claims must lie there, and be sound.
 
     Raises:
         GoldenMissing: none does.
+        GoldenError: it cannot be trusted or read.
     """
     claimed = options.golden or numerics.mode(mode).compute_class
     if claimed is None:
         return
-    names = {place.stem for place in store.places(suite.folder)}
-    known = {stem.partition("@")[0] for stem in names} | names
-    wanted = {claimed} if options.golden else {c for c in store.candidates_for(claimed, "") if not c.endswith("@")}
-    if not wanted & known:
-        store.find(suite.folder, claimed, "")
+    for name in (claimed,) if options.golden else store.candidates_for(claimed, ""):
+        fitting = [place for place in store.places(suite.folder) if name in (place.stem, place.stem.partition("@")[0])]
+        if len(fitting) == 1:  # with several, the device decides
+            fitting[0].read()
+        if fitting:
+            return
+    store.find(suite.folder, claimed, "", f"{_again(suite, options)} --repro-numerics {mode}")
 
 
 def find_golden(suite: Suite, mode: str, result: SuiteResult, options: Options) -> Golden:
@@ -250,7 +262,7 @@ def find_golden(suite: Suite, mode: str, result: SuiteResult, options: Options) 
     observed = (result.observed or {}).get("compute_class", "unknown")
     wanted = numerics.mode(mode).compute_class or observed
     device = str(result.environment.get("device_class", ""))
-    return store.find(suite.folder, str(wanted), device).read()
+    return store.find(suite.folder, str(wanted), device, f"{_again(suite, options)} --repro-numerics {mode}").read()
 
 
 @contextmanager
@@ -429,7 +441,7 @@ def _leave_candidate(result: SuiteResult, suite: Suite, mode: str, options: Opti
         left = record(suite, mode, options, show, folder)
     except ReproError as exc:
         return judging.broken(result, exc)
-    return judging.offered(result, str(folder / left.golden))
+    return judging.offered(result, str(folder / left.golden), str(options.pending_folder))
 
 
 def _offer_candidate(
@@ -441,7 +453,7 @@ def _offer_candidate(
         left = _record_on(engine, suite, mode, options, show, folder)
     except Exception as exc:  # the verdict stands already: what failed after it must not change it
         return replace(result, notes=(*result.notes, f"no candidate could be left: {exc}"))
-    return judging.offered(result, str(folder / left.golden))
+    return judging.offered(result, str(folder / left.golden), str(options.pending_folder))
 
 
 def _pending_folder(suite: Suite, options: Options) -> Path:

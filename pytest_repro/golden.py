@@ -14,6 +14,7 @@ import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from shlex import quote
 from typing import Any
 
 import numpy as np
@@ -251,7 +252,7 @@ def _trusted(
         raise GoldenError(
             "this golden was edited by hand: its content does not match its digest",
             where=where,
-            fix=f"git checkout -- {where}   or record it anew: {regenerate}",
+            fix=f"git checkout -- {quote(where)}   # or record it anew: {regenerate}",
         )
     header, lines = _migrate(header, lines, where)
     tokens = _validate(header, lines, where)
@@ -354,7 +355,7 @@ def _review(header: Mapping[str, Any], where: str) -> Review | None:
         raise GoldenError(
             "its review does not match its content: it was edited by hand, or copied from another golden",
             where=f"{where}:1 [review.seal]",
-            fix=f"git checkout -- {where}",
+            fix=f"git checkout -- {quote(where)}",
         )
     return review
 
@@ -364,12 +365,14 @@ def _numbers(
 ) -> dict[str, Any]:
     binary = where.removesuffix(".jsonl") + ".safetensors"
     if numbers is None:
-        raise GoldenError("the binary part is missing", where=binary, fix=f"git checkout -- {binary}   or {regenerate}")
+        raise GoldenError(
+            "the binary part is missing", where=binary, fix=f"git checkout -- {quote(binary)}   # or {regenerate}"
+        )
     if digest(numbers) != header["numbers"]:
         raise GoldenError(
             "the binary part is not the one this golden was recorded with: truncated, edited, or of another version",
             where=binary,
-            fix=f"git checkout -- {binary}   (with git-lfs: git lfs pull)   or {regenerate}",
+            fix=f"git checkout -- {quote(binary)}   # with git-lfs: git lfs pull; or {regenerate}",
         )
     try:
         tensors: dict[str, Any] = load_tensors(numbers)

@@ -5,16 +5,18 @@ Needs a git program, as GitPython does.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path, PurePosixPath
+from shlex import quote
 from typing import Any
 
 from .errors import ConfigError, GoldenError
 from .golden import sealed
 from .provenance import Step, Version
 from .store import GOLDEN, PENDING, Committed, Place
+from .suite import SUITE_FILE
 
 TARGET_VARIABLES = (
     "GITHUB_BASE_REF", "CI_MERGE_REQUEST_TARGET_BRANCH_NAME", "SYSTEM_PULLREQUEST_TARGETBRANCH", "CHANGE_TARGET",
@@ -22,6 +24,8 @@ TARGET_VARIABLES = (
 )  # fmt: skip
 """Where CI systems say which branch a pull request goes to."""
 DEFAULT_BASES = ("origin/HEAD", "origin/main", "origin/master", "main", "master")
+_PATHSPECS = tuple(f"*{GOLDEN}.{part}" for part in ("jsonl", "safetensors"))
+_NOTHING = (None, None)
 _UNSHALLOW = "git fetch --unshallow   (actions/checkout: fetch-depth: 0)"
 
 
@@ -57,9 +61,11 @@ class History:
             repository = git.Repo(start, search_parent_directories=True)
             repository.head.commit.hexsha  # noqa: B018  (raises where there is no commit)
         except (git.InvalidGitRepositoryError, git.NoSuchPathError):
-            raise ConfigError("this is not in a git repository", where=folder, fix="git init, and commit") from None
-        except ValueError:
-            raise ConfigError("nothing was committed here yet", where=folder, fix="git add, git commit") from None
+            raise ConfigError(
+                "this is not in a git repository", where=folder, fix="git init && git add -A && git commit"
+            ) from None
+        except (ValueError, BrokenPipeError):  # a git that refuses may be gone before it was asked
+            raise _no_commit(repository, folder) from None
         if repository.bare or repository.working_tree_dir is None:
             raise ConfigError("a bare repository has no files to look at", where=folder, fix="clone it")
         return cls(repository)
@@ -177,25 +183,51 @@ class History:
 
     # --- what happened ----------------------------------------------------------------------------------------------
 
-    def steps(self, base: str, under: str) -> Iterator[Step]:
-        """Every change of a golden below a folder since the base, oldest first.
+    def steps(self, base: str) -> Iterator[Step]:
+        """Every change of a golden since the base, oldest first.
 
-        What a merge took from one of its parents is no change.
+        What a merge took from one of its parents is no change, but for what it deleted with a reason.
         """
-        listed = self._git.rev_list("--topo-order", "--reverse", "--full-history", f"{base}..HEAD", "--", under)
-        for commit in str(listed).split():
-            parents = str(self._git.rev_list("--parents", "-n", "1", commit)).split()[1:]
-            after, before = self.files(commit, under), [self.files(parent, under) for parent in parents]
-            texts = {_text_of(path) for tree in (after, *before) for path in tree if _is_golden(path, GOLDEN)}
-            for path in sorted(texts):
-                now, then = _pair(after, path), [_pair(tree, path) for tree in before]
-                if now not in (then or [(None, None)]):
-                    reason = self._trailer(commit) if now == (None, None) else ""
-                    earlier = tuple(self._version(pair) for pair in then)
-                    yield Step(commit[:12], path, earlier, self._version(now), reason)
+        since = f"{base}..HEAD"
+        touched = set(str(self._git.rev_list("--full-history", since, "--", *_PATHSPECS)).split())
+        for row in str(self._git.rev_list("--topo-order", "--reverse", "--parents", since)).splitlines():
+            commit, *parents = row.split()
+            if commit in touched or len(parents) > 1:
+                yield from self._steps_of(commit, parents)
+
+    def _steps_of(self, commit: str, parents: Sequence[str]) -> Iterator[Step]:
+        after, before = self.files(commit, "."), [self.files(parent, ".") for parent in parents]
+        removed = self._trailer(commit)
+        for path in sorted({path for tree in (after, *before) for path in goldens(tree)}):
+            now, then = _pair(after, path), [_pair(tree, path) for tree in before]
+            reason = removed if now == _NOTHING else ""
+            if any(now != pair for pair in then or [_NOTHING]) if reason else now not in (then or [_NOTHING]):
+                earlier = tuple(self._version(pair) for pair in then)
+                asked = self.text(commit, str(PurePosixPath(path).with_name(SUITE_FILE))) is not None
+                yield Step(commit[:12], path, earlier, self._version(now), reason, asked)
+
+    def versions(self, commit: str, paths: Iterable[str]) -> dict[str, Version]:
+        """Path -> golden of a commit; paths where it has none are left out."""
+        tree = self.files(commit, ".")
+        found = {path: self._version(_pair(tree, path)) for path in sorted(paths)}
+        return {path: version for path, version in found.items() if version is not None}
+
+    def last(self, path: str, sound: Callable[[Version], bool]) -> str:
+        """The newest commit, abbreviated, in which a golden is sound; "" where none of the last fifty that changed it is."""
+        both = (path, str(PurePosixPath(path).with_suffix(".safetensors")))
+        for commit in str(self._git.rev_list("-n", "50", "HEAD", "--", *both)).split():
+            version = self.versions(commit, [path]).get(path)
+            if version is not None and sound(version):
+                return commit[:12]
+        return ""
+
+    def differing(self, base: str) -> set[str]:
+        """Paths of the base's goldens that HEAD does not have as they were."""
+        then, now = self.files(base, "."), self.files("HEAD", ".")
+        return {path for path in goldens(then) if _pair(then, path) != _pair(now, path)}
 
     def _version(self, blobs: tuple[str | None, str | None]) -> Version | None:
-        if blobs == (None, None):
+        if blobs == _NOTHING:
             return None
         text, numbers = (self._blob(blob) if blob else None for blob in blobs)
         return Version(text, numbers)
@@ -220,6 +252,24 @@ class History:
 
 def _is_golden(path: str, kind: str) -> bool:
     return path.endswith((f"{kind}.jsonl", f"{kind}.safetensors"))
+
+
+def _no_commit(repository: Any, folder: Path) -> ConfigError:
+    """GitPython says the same of a repository without a commit and of one that git refuses to read."""
+    _, _, told = repository.git.rev_parse("HEAD", with_extended_output=True, with_exceptions=False)
+    if "dubious ownership" not in str(told):
+        return ConfigError("nothing was committed here yet", where=folder, fix="git add -A && git commit")
+    trusted = quote(str(Path(repository.working_tree_dir or folder).resolve()))
+    return ConfigError(
+        "git reads no repository that somebody else owns",
+        where=folder,
+        fix=f"git config --global --add safe.directory {trusted}",
+    )
+
+
+def goldens(files: Iterable[str]) -> set[str]:
+    """Paths of the text parts of those files that belong to a golden, and not to a pending one."""
+    return {_text_of(path) for path in files if _is_golden(path, GOLDEN)}
 
 
 def _text_of(path: str) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from shlex import quote
 from typing import Any
 
 import numpy as np
@@ -75,7 +76,8 @@ def broken(result: SuiteResult, exc: ReproError) -> SuiteResult:
     """The suite could not be judged: no golden, one that cannot be trusted, or an engine that failed."""
     verdict = Verdict.MISSING if isinstance(exc, GoldenMissing) else Verdict.ERROR
     name = "golden" if isinstance(exc, GoldenError) else "compute"
-    steps = ((exc.fix, ""),) if exc.fix else ()
+    command, _, when = exc.fix.partition("   # ")
+    steps = ((command, when),) if exc.fix else ()
     return replace(
         result,
         prompts=tuple(replace(p, verdict=verdict, reason=exc.what) for p in result.prompts),
@@ -84,10 +86,12 @@ def broken(result: SuiteResult, exc: ReproError) -> SuiteResult:
     )
 
 
-def offered(result: SuiteResult, candidate: str) -> SuiteResult:
-    """The result with the candidate that was left for a reviewer."""
-    note = f"a candidate was left at {candidate}: pytest-repro fetch, then pytest-repro review"
-    return replace(result, notes=(*result.notes, note))
+def offered(result: SuiteResult, candidate: str, folder: str) -> SuiteResult:
+    """The result with the candidate that was left for a reviewer, which need not be recorded again."""
+    fetch = (f"pytest-repro fetch {quote(folder)}", "here, or the artifact of this run; then pytest-repro review")
+    others = (step for step in result.next_steps if "--repro-update" not in step[0])
+    note = f"a candidate was left at {candidate}"
+    return replace(result, notes=(*result.notes, note), next_steps=(*others, fetch))
 
 
 def against(result: SuiteResult, golden: Golden, suite: Suite, allowed: frozenset[str]) -> SuiteResult:

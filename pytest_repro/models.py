@@ -104,9 +104,9 @@ def _from_hub(reference: str, say: Say) -> ModelFiles:
     except Exception as exc:  # network, missing repository, gated, offline: all of them mean that it cannot be had
         first = str(exc).strip().splitlines()[0] if str(exc).strip() else type(exc).__name__
         raise ModelError(
-            f"the hub model {reference!r} is neither cached nor can it be fetched: {first}",
+            f"{reference!r} is no directory here, and as a hub model neither cached nor to be fetched: {first}",
             where="model",
-            fix="check the name, the revision and HF_HUB_OFFLINE; or use a local directory",
+            fix="name a directory that is there, or check the name, the revision and HF_HUB_OFFLINE",
         ) from exc
     folder = Path(path)
     return ModelFiles(reference if revision else f"{name}@{folder.name}", folder, _identity(folder, say))

@@ -432,6 +432,9 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
         return
     from .report import terminal
 
+    if not any(path.exists() for path in state.paths) and not state.suites and not state.recordings:
+        named = ", ".join(map(state.shown, state.paths))
+        terminalreporter.line(f"repro: no suite was asked for, and there is no {named} (repro_paths) to look in")
     for suite in sorted(state.suites.values(), key=lambda s: s["verdict"] == "fail"):
         terminalreporter.section(terminal.title(suite))
         _write(terminalreporter, terminal.lines(suite, verbose=config.option.verbose > 0))

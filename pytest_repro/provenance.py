@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from shlex import quote
 
@@ -15,6 +15,8 @@ from .golden import Agreed, Review, Sealed, sealed
 from .suite import Thresholds
 from .verdict import loosened
 
+REMOVED = "commit that with a line 'Golden-Removed: why'"
+"""How a commit says that a golden went on purpose."""
 LFS_POINTER = b"version https://git-lfs.github.com/spec/v1\n"
 
 
@@ -23,7 +25,7 @@ class Finding:
     """One thing that does not hold."""
 
     kind: str
-    """`broken`, `unreviewed`, `uncommitted`, `chain`, `deleted`, `pending`, `thresholds`."""
+    """`broken`, `unreviewed`, `uncommitted`, `chain`, `deleted`, `unused`, `nested`, `pending`, `thresholds`."""
     where: str
     what: str
     fix: str
@@ -51,35 +53,102 @@ class Step:
     """None if the commit deleted it."""
     reason: str = ""
     """Of a deletion: the commit message's trailer `Golden-Removed`."""
+    suite: bool = False
+    """Whether a suite.toml lies beside it after the commit."""
 
 
-def of_steps(steps: Sequence[Step]) -> Iterator[Finding]:
-    """What does not hold in the commits of a branch, oldest first."""
-    for step in steps:
-        moved = next((s for s in steps if _is_moved(step, s)), None)
-        if step.after is not None:
-            yield from _of_change(step, moved.before if moved else step.before)
-        elif moved is None and not step.reason:
-            yield Finding(
-                "deleted",
-                step.path,
-                f"commit {step.commit} deletes this golden",
-                f"git checkout {step.commit}^ -- {_stem(step.path)}.*; if it is meant, the commit's message needs a line "
-                "'Golden-Removed: why'",
-            )
+def of_branch(
+    steps: Sequence[Step], base: Mapping[str, Version], head: Mapping[str, Version], name: str, commit: str
+) -> Iterator[Finding]:
+    """What does not hold between the base of a branch and HEAD: in a step, or where no step leads to what HEAD has.
+
+    Args:
+        steps: oldest first.
+        base: path -> golden, where the branch left its base.
+        head: the same of HEAD.
+        name: of the base, as it was named.
+        commit: of the base.
+    """
+    for path in dict.fromkeys([*(step.path for step in steps), *base, *head]):
+        then, now = base.get(path), head.get(path)
+        reached: set[Version | None] = {then}
+        told: list[Finding] = []
+        for step in (s for s in steps if s.path == path):
+            if step.after in reached:
+                told = []  # it puts back what was there before
+            elif found := list(_of_step(step, steps)):
+                told += found
+            elif reached & set(_before(step)):
+                reached.add(step.after)
+        if not told and now not in reached and not (now is None and _moved_in_a_merge(path, then, steps)):
+            told = [_chosen_by_a_merge(path, then, now, name, commit)]
+        yield from told
+
+
+def with_origins(paths: Set[str], steps: Sequence[Step]) -> set[str]:
+    """Paths, and those that their goldens moved from; steps are oldest first."""
+    found = set(paths)
+    for step in reversed(steps):
+        if step.path in found and step.after is not None:
+            found |= {s.path for s in steps if _is_moved(step, s)}
+    return found
+
+
+def _moved_in_a_merge(path: str, then: Version | None, steps: Sequence[Step]) -> bool:
+    """Whether the branch moved a suite, and a merge brought the base's newer golden to where it moved."""
+    left = any(step.path == path and step.after is None and not step.suite for step in steps)
+    return left and any(step.path != path and step.after == then for step in steps)
+
+
+def _before(step: Step) -> tuple[Version | None, ...]:
+    return step.before or (None,)  # the first commit of a repository has no parent
+
+
+def _chosen_by_a_merge(path: str, then: Version | None, now: Version | None, name: str, commit: str) -> Finding:
+    back = f"git checkout {commit} -- {files_of(path)}" if then else f"git rm -q --cached -- {files_of(path)}"
+    if now is None:
+        what = f"{name} has this golden, and no commit says why it is gone: a merge dropped it"
+        return Finding("deleted", path, what, f"{back}; git commit; if it is meant, git rm it then, and {REMOVED}")
+    what = (
+        f"{name} has {'another' if then else 'no'} golden here, and a merge chose this one without a review beside it"
+    )
+    return Finding("chain", path, what, f"{back}; git commit; if this one is meant, then {_anew(path)}")
+
+
+def _anew(path: str) -> str:
+    return f"pytest --repro-update {_folder(path)}, pytest-repro review {_folder(path)}"
+
+
+def _of_step(step: Step, steps: Sequence[Step]) -> Iterator[Finding]:
+    moved = next((s for s in steps if _is_moved(step, s)), None)
+    if step.after is not None:
+        yield from _of_change(step, moved.before if moved else step.before)
+    elif moved is None and not step.reason:
+        yield Finding(
+            "deleted",
+            step.path,
+            f"commit {step.commit} deletes this golden",
+            f"{_undo(step)}; if it is meant, git rm it then, and {REMOVED}",
+        )
+
+
+def _undo(step: Step) -> str:
+    """What puts back the golden that a commit replaced, or nothing where there was none."""
+    there = f"checkout {step.commit}^" if any(step.before[:1]) else "rm -q --cached"
+    return f"git {there} -- {files_of(step.path)}; git commit"
 
 
 def _is_moved(step: Step, other: Step) -> bool:
-    """Whether a commit moved a golden: one path lost the very bytes that another gained."""
+    """Whether a commit moved a golden: one path lost the very bytes that another gained, and its suite went with it."""
     if step.commit != other.commit or (step.after is None) == (other.after is None):
         return False
     gained, lost = (step, other) if step.after is not None else (other, step)
-    return gained.after in lost.before and not any(gained.before)
+    return gained.after in lost.before and not any(gained.before) and not lost.suite
 
 
 def _of_change(step: Step, before: tuple[Version | None, ...]) -> Iterator[Finding]:
     assert step.after is not None
-    again = f"record and accept it anew: pytest --repro-update {_folder(step.path)}"
+    again = f"{_undo(step)}; then record and accept it anew: {_anew(step.path)}"
     try:
         now = verified(step.after, step.path)
     except GoldenError as exc:
@@ -136,7 +205,7 @@ def _broken_chain(step: Step, review: Review, allowed: Sequence[str | None]) -> 
         step.path,
         f"commit {step.commit}: its review replaced {_short(review.previous)}, and {there} lay there",
         f"look at it beside what it replaces: for e in jsonl safetensors; do mv {stem}.$e {pending}.$e; done; "
-        f"git checkout {step.commit}^ -- {stem}.*; pytest-repro review {_folder(step.path)}",
+        f"{_undo(step)}; pytest-repro review {_folder(step.path)}",
     )
 
 
@@ -147,6 +216,11 @@ def _short(name: str | None) -> str:
 def _stem(path: str) -> str:
     """As a shell may be given it: a folder's name comes with a pull request."""
     return quote(path.removesuffix(".jsonl"))
+
+
+def files_of(path: str) -> str:
+    """Both parts of a golden as git's own pattern: a shell would expand it by what happens to lie there."""
+    return quote(path.removesuffix(".jsonl") + ".*")
 
 
 def _folder(path: str) -> str:

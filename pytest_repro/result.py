@@ -87,6 +87,8 @@ class SuiteResult:
     """Prompts in that part, selected or not."""
     settings: Mapping[str, Any] = field(default_factory=dict)
     """How it was asked to be checked, as far as shards of one check must agree in it."""
+    again: str = ""
+    """What pytest is given to run it again, but for the mode."""
     golden: Mapping[str, Any] | None = None
     """Name, digest, review, settings and metrics of the golden used; None without one."""
     observed: Mapping[str, Any] | None = None
@@ -153,6 +155,9 @@ class Recording:
     prompts: int
     changed: int | None
     """Prompts whose tokens differ from the golden it would replace; None if there is none to compare with."""
+    cut: int
+    """Answers that the limit ended, and not the model."""
+    max_new_tokens: int
     accuracy: float | None
     noise: Mapping[str, float]
     seconds: float

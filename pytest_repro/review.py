@@ -56,6 +56,8 @@ def notes_on(new: Golden, old: Golden | None) -> dict[str, dict[str, Any]]:
     The notes in a candidate are outside its digest, and may come from anybody. Of them only a deficit is taken, where the
     files do not hold it, and it is shown as what the run says; what differs and the verdict are judged here.
     """
+    if old is None:
+        return {name: {"id": name, "verdict": "new", "claimed": False} for name in new.generation.ids}
     notes = (new.candidate or {}).get("prompts", [])
     said = {note["id"]: float(note["deficit"]) for note in notes if note.get("deficit") is not None}
     by_files = {note["id"]: note for note in (candidate.with_notes(new, old).candidate or {})["prompts"]}
@@ -188,6 +190,8 @@ def _prompt(name: str, old: Golden | None, new: Golden, note: dict[str, Any]) ->
         gap = "" if note["golden_gap"] is None else f", golden's gap {note['golden_gap']:.3g}"
         numbers = f"  diverges at token {note['divergence_index']}: deficit {deficit}{gap}"
     then, now = _text(old, name), _text(new, name)
+    if old is None:
+        numbers = f"  {ending(new, name)}"
     return {
         **note,
         "line": f"{note['verdict']:<10} {name}{numbers}",
@@ -195,6 +199,14 @@ def _prompt(name: str, old: Golden | None, new: Golden, note: dict[str, Any]) ->
         "now": now,
         "words": word_diff(then, now) if then is not None and now is not None else [],
     }
+
+
+def ending(golden: Golden, name: str) -> str:
+    """How long an answer is, how it ends, and whether it is right."""
+    i = golden.generation.index()[name]
+    span = golden.generation.span(i)
+    score = {True: ", right", False: ", wrong", None: ""}[golden.scores[i]]
+    return f"{span.stop - span.start} tokens, {golden.generation.finish_reasons[i]}{score}"
 
 
 def _text(golden: Golden | None, name: str) -> str | None:
@@ -214,7 +226,7 @@ def describe(golden: Golden) -> list[str]:
         f"recorded  {known('time')} on {known('device')} ({known('cpu_model')}), {known('engine')} {known('engine_version')}, "
         f"torch {known('torch')}, batch size {golden.batch_size}",
         f"noise     mean |Δlogp| {golden.noise.mean_abs_dlogp:.2g}, largest change of a gap {golden.noise.max_deficit:.2g} "
-        f"({', '.join(v.name for v in golden.noise.variants) or 'not measured'})",
+        f"({'; '.join(v.name for v in golden.noise.variants) or 'not measured'})",
     ]
     if golden.review:
         r = golden.review

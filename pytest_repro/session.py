@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, MutableMapping
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from filelock import FileLock
@@ -26,7 +27,7 @@ from .generation import digest
 from .report import document
 from .report.progress import Display
 from .store import STEM, atomic_write, typed
-from .suite import Overrides, Suite, defaults_of, load, parse_engine_option, parse_shard, parse_threshold
+from .suite import Overrides, Suite, defaults_around, load, parse_engine_option, parse_shard, parse_threshold
 
 
 class Session:
@@ -62,11 +63,6 @@ class Session:
         except ValueError:
             return str(folder)
 
-    def defaults(self) -> dict[str, Any]:
-        """The table `[tool.pytest-repro]` of pyproject.toml."""
-        file = self.config.rootpath / "pyproject.toml"
-        return defaults_of(file.read_text("utf-8"), typed(file)) if file.is_file() else {}
-
     def allow_code(self) -> bool:
         """Whether suites may name code."""
         return bool(self.config.option.repro_allow_code)
@@ -91,9 +87,23 @@ class Session:
             engine_options=dict(parse_engine_option(text) for text in option.repro_engine_option),
         )
 
+    def again(self, target: str) -> str:
+        """What pytest is given to run a suite, or a test, as it runs now: with the options that change what is compared."""
+        option = self.config.option
+        one = {
+            "--repro-engine": option.repro_engine,
+            "--repro-model": option.repro_model,
+            "--repro-batch-size": option.repro_batch_size,
+            "--repro-golden": option.repro_golden,
+        }
+        asked = [f"{name} {quote(str(value))}" for name, value in one.items() if value is not None]
+        asked += [f"--repro-engine-option {quote(text)}" for text in option.repro_engine_option]
+        return " ".join([quote(target), *asked, *(["--repro-allow-code"] if self.allow_code() else [])])
+
     def options(self, folder: Path, **more: Any) -> Options:
         """How to check a suite."""
         option = self.config.option
+        more = {"again": self.again(self.shown(folder)), **more}
         return Options(
             method=option.repro_method,
             arbiter=option.repro_arbiter,
@@ -112,7 +122,7 @@ class Session:
         options = self.options(suite.folder, **more)
         # A set is spelt in another order by every worker: what goes into the key is sorted.
         sets = [sorted(found) if found is not None else None for found in (options.selected, options.allow_changed)]
-        key = digest(repr((suite, mode, replace(options, selected=None, allow_changed=frozenset()), sets)))
+        key = digest(repr((suite, mode, replace(options, selected=None, allow_changed=frozenset(), again=""), sets)))
         if more.get("opener"):  # a callable of one test's own: no other worker has it
             found = self._check(suite, mode, more)
         else:
@@ -193,7 +203,7 @@ def validated(path: Path, session: Session) -> Suite:
         raise ConfigError(
             f"{golden!r} is not a golden's name", where="--repro-golden", fix="e.g. bf16 or bf16@cuda-sm90"
         )
-    suite = load(path, session.overrides(), session.defaults())
+    suite = load(path, session.overrides(), defaults_around(path)[1])
     option = session.config.option
     with _located("--repro-numerics" if option.repro_numerics else f"{typed(path)} [run.numerics]"):
         for mode in suite.numerics:

@@ -7,6 +7,7 @@ Prompts come as JSON Lines (`prompt` or `messages`, and an `answer`; or `questio
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -14,12 +15,15 @@ from typing import Any
 
 from .accuracy import last_number
 from .errors import ConfigError
+from .schemas import parse
 from .suite import Prompt, parse_prompt
 
 ACTION = "./.github/actions/repro-check"
 _JSON_LINES = (".jsonl", ".ndjson", ".json")
 _TABLES = (".csv", ".tsv", ".parquet", ".arrow", ".xlsx")
 _PLAIN_PATH = re.compile(r"[A-Za-z0-9._/ @+-]+")
+_SEGMENT = r"(?!\.{1,2}(?:[/@]|$))[A-Za-z0-9._-]+"
+_ACTION = re.compile(rf"[.$](?:/{_SEGMENT})+|{_SEGMENT}(?:/{_SEGMENT})+@[A-Za-z0-9._/-]+")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
@@ -37,6 +41,13 @@ class Recipe:
     batch_size: int = 8
     options: dict[str, str] = field(default_factory=dict)
     """More keys of `[suite]`: `pattern`."""
+    engine_options: dict[str, Any] = field(default_factory=dict)
+    """Keys of `[engine]`."""
+
+    @property
+    def names_code(self) -> bool:
+        """Whether pytest imports what the suite names, which it does on request only."""
+        return ":" in self.engine or ":" in self.scorer
 
 
 # --- prompts --------------------------------------------------------------------------------------------------------
@@ -87,7 +98,7 @@ def _named(rows: Sequence[tuple[str, dict[str, Any]]]) -> tuple[Prompt, ...]:
 
 def _from_json(line: str, where: str) -> dict[str, Any]:
     try:
-        row = json.loads(line)
+        row = parse(line)
     except (ValueError, RecursionError) as exc:
         raise ConfigError(f"not valid JSON: {exc}", where=where, fix="one JSON object a line") from None
     if not isinstance(row, dict):
@@ -108,6 +119,8 @@ def _answer(answer: Any, where: str) -> str:
     """The right answer: a number as text; of a worked solution as GSM8K has it, what follows the last `####`."""
     if isinstance(answer, bool) or not isinstance(answer, str | int | float):
         raise ConfigError("the answer is neither text nor a number", where=f"{where} [answer]")
+    if isinstance(answer, float) and not math.isfinite(answer):
+        raise ConfigError(f"the answer is {answer}, which no answer equals", where=f"{where} [answer]")
     _, marked, final = str(answer).rpartition("####")
     return final.strip().replace(",", "") if marked else str(answer).strip()
 
@@ -161,7 +174,7 @@ model   = {quoted(recipe.model)}{_model_comment(recipe)}
 engine  = {quoted(recipe.engine)}
 prompts = "prompts.jsonl"      # one JSON object a line: id, prompt (or messages), answer
 scorer  = {quoted(recipe.scorer)}
-{more}
+{more}{_engine_table(recipe)}
 [generation]
 max_new_tokens = {recipe.max_new_tokens}
 batch_size     = {recipe.batch_size}             # part of the numerics: other sizes flip near-tied tokens in 16 bits
@@ -174,6 +187,14 @@ max_divergent   = 0      # prompts whose output differs at all: a count, or a sh
 max_unexplained = 0      # of these, those that rounding cannot explain
 accuracy_drop   = 2.0    # points that may be lost before the paired test is asked
 {relaxed}"""
+
+
+def _engine_table(recipe: Recipe) -> str:
+    rows = (
+        f"{name} = {quoted(value) if isinstance(value, str) else json.dumps(value)}\n"
+        for name, value in recipe.engine_options.items()
+    )
+    return f"\n[engine]\n{''.join(rows)}" if recipe.engine_options else ""
 
 
 def _model_comment(recipe: Recipe) -> str:
@@ -191,8 +212,12 @@ def quoted(text: str) -> str:
 
 # --- the workflow ---------------------------------------------------------------------------------------------------
 
+_ALLOWED = """\
+          arguments: --repro-allow-code # the suite names code, which is imported on request only
+"""
 
-def workflow(golden: str, numerics: Sequence[str], action: str, engine: str) -> str:
+
+def workflow(golden: str, numerics: Sequence[str], action: str, engine: str, *, allow_code: bool = False) -> str:
     """A GitHub workflow that checks the suite on every pull request, and its goldens' history.
 
     Args:
@@ -200,15 +225,23 @@ def workflow(golden: str, numerics: Sequence[str], action: str, engine: str) -> 
         numerics: modes to check.
         action: where the workflow finds `repro-check`.
         engine: of the suite; says what is to be installed.
+        allow_code: whether the suite names code, which pytest imports on request only.
 
     Raises:
-        ConfigError: a path that GitHub would read as more than a path.
+        ConfigError: a path that GitHub would read as more than a path, or no action.
     """
-    for name, value in (("the suite's folder", golden), ("--action", action)):
-        if not _PLAIN_PATH.fullmatch(value):
-            raise ConfigError(
-                f"{name} has signs that a workflow gives a meaning to", where=value, fix="letters, digits, . _ - /"
-            )
+    if not _PLAIN_PATH.fullmatch(golden):
+        raise ConfigError(
+            "the suite's folder has signs that a workflow gives a meaning to",
+            where=golden,
+            fix="letters, digits, . _ - /",
+        )
+    if not _ACTION.fullmatch(action):
+        raise ConfigError(
+            f"{action!r} names no action",
+            where="--action",
+            fix="OWNER/REPO/PATH@COMMIT, or a path of this repository: ./PATH, $/PATH",
+        )
     installed = "pytest-repro" + (f"[{engine}]" if engine in ("transformers", "vllm", "openai") else "")
     return f"""\
 name: repro
@@ -248,4 +281,4 @@ jobs:
         with:
           golden: {json.dumps(golden)}
           numerics: {json.dumps(",".join(numerics))}
-"""
+{_ALLOWED if allow_code else ""}"""

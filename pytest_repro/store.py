@@ -15,6 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from . import candidate, merging
@@ -166,8 +167,14 @@ def candidates_for(compute_class: str, device_class: str) -> list[str]:
     return [name for c in classes for name in (f"{c}@{device_class}", c)]
 
 
-def find(folder: Path, compute_class: str, device_class: str) -> Place:
+def find(folder: Path, compute_class: str, device_class: str, again: str = "") -> Place:
     """The most specific golden that fits.
+
+    Args:
+        folder: the suite's.
+        compute_class: of the run.
+        device_class: of the run; "" for any.
+        again: what pytest is given to record it; the folder unless told otherwise.
 
     Raises:
         GoldenMissing: none fits; the message names those that are there.
@@ -176,7 +183,8 @@ def find(folder: Path, compute_class: str, device_class: str) -> Place:
         if Place(folder, name).text.exists():
             return Place(folder, name)
     there = ", ".join(p.stem for p in places(folder)) or "none"
-    record = f"pytest --repro-update {typed(folder)} --repro-numerics {compute_class}   then: pytest-repro review"
+    asked = again or f"{quote(typed(folder))} --repro-numerics {compute_class}"
+    record = f"pytest --repro-update {asked}   # then pytest-repro review"
     waiting = [p for p in places(folder, PENDING) if p.stem in candidates_for(compute_class, device_class)]
     raise GoldenMissing(
         f"there is no golden for {compute_class} on {device_class or 'any device'} (goldens here: {there})",
@@ -187,8 +195,8 @@ def find(folder: Path, compute_class: str, device_class: str) -> Place:
 
 def _what_waits(waiting: Sequence[Place], folder: Path) -> str:
     if any(place.shard is None for place in waiting):
-        return f"a candidate waits: pytest-repro review {typed(folder)}"
-    return f"parts of a candidate wait: pytest-repro merge {typed(folder)}"
+        return f"pytest-repro review {quote(typed(folder))}   # a candidate waits"
+    return f"pytest-repro merge {quote(typed(folder))}   # parts of a candidate wait"
 
 
 def pending(root: Path) -> list[Place]:
@@ -339,7 +347,7 @@ def agree(place: Place, who: Reviewer) -> Golden:
         raise GoldenError(
             "nobody accepted this golden: its thresholds cannot be sealed",
             where=typed(place.text),
-            fix=f"pytest --repro-update {typed(place.folder)}, then pytest-repro review",
+            fix=f"pytest --repro-update {quote(typed(place.folder))} && pytest-repro review {quote(typed(place.folder))}",
         )
     agreed = who.agreed(datetime.now(UTC).isoformat(timespec="seconds"))
     if agreed is None:

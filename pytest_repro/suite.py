@@ -217,29 +217,39 @@ def check_defaults(table: Mapping[str, Any], where: str) -> None:
             raise ConfigError(schemas.describe(error), where=f"{where} {name}".strip())
 
 
-def defaults_of(text: str, where: str) -> dict[str, Any]:
-    """The table `[tool.pytest-repro]` in the text of a pyproject.toml.
+def table_of(text: str, where: str) -> dict[str, Any] | None:
+    """The table `[tool.pytest-repro]` in the text of a pyproject.toml; None without one.
 
     Raises:
         ConfigError: not TOML, or a key that may not be there.
     """
     try:
-        table: dict[str, Any] = tomllib.loads(text).get("tool", {}).get("pytest-repro", {})
+        tool = tomllib.loads(text).get("tool", {})
     except tomllib.TOMLDecodeError as exc:
         raise ConfigError(f"not valid TOML: {exc}", where=where) from None
+    if not isinstance(tool, dict) or "pytest-repro" not in tool:
+        return None
+    table = tool["pytest-repro"]
+    if not isinstance(table, dict):
+        raise ConfigError("not a table", where=f"{where} [tool.pytest-repro]")
     check_defaults(table, f"{where} [tool.pytest-repro]")
     return table
 
 
 def defaults_around(folder: Path) -> tuple[Path, dict[str, Any]]:
-    """The nearest pyproject.toml around a folder, and what it has for this package; a file that is not there and {}.
+    """The nearest pyproject.toml around a folder that has a table for this package, and it; a file beside it and {}.
+
+    A check, an acceptance and `verify` all ask here, so that none is held to other thresholds than the others.
 
     Raises:
-        ConfigError: it cannot be read.
+        ConfigError: it, or a nearer pyproject.toml, cannot be read.
     """
-    files = [above / "pyproject.toml" for above in (folder.resolve(), *folder.resolve().parents)]
-    found = next((file for file in files if file.is_file()), files[0])
-    return found, defaults_of(_read(found), str(found)) if found.is_file() else {}
+    for above in (folder.resolve(), *folder.resolve().parents):
+        file = above / "pyproject.toml"
+        table = table_of(_read(file), str(file)) if file.is_file() else None
+        if table is not None:
+            return file, table
+    return folder.resolve() / "pyproject.toml", {}
 
 
 def thresholds_in(text: str | None, defaults: Mapping[str, Any], where: str) -> dict[str, Thresholds]:
@@ -257,6 +267,23 @@ def thresholds_in(text: str | None, defaults: Mapping[str, Any], where: str) -> 
         name = ".".join(map(str, error.absolute_path))
         raise ConfigError(schemas.describe(error), where=f"{where}{_line_of(text or '', name.split('.'))} [{name}]")
     return thresholds_by_class(named)
+
+
+def modes_in(text: str, defaults: Mapping[str, Any], where: str) -> tuple[str, ...]:
+    """The numerics modes of a suite.toml's text, over defaults.
+
+    Raises:
+        ConfigError: not TOML, or no list of modes.
+    """
+    try:
+        table = merge(defaults, tomllib.loads(text))
+    except tomllib.TOMLDecodeError as exc:
+        raise ConfigError(f"not valid TOML: {exc}", where=where) from None
+    run = table.get("run", {})
+    named = run.get("numerics", Suite.numerics) if isinstance(run, dict) else None
+    if not isinstance(named, list | tuple) or not all(isinstance(mode, str) for mode in named):
+        raise ConfigError("not a list of modes", where=f"{where}{_line_of(text, ['run', 'numerics'])} [run.numerics]")
+    return tuple(named)
 
 
 def thresholds_in_force(folder: Path) -> dict[str, Thresholds]:
@@ -316,23 +343,21 @@ def parse_threshold(text: str) -> tuple[str, Any]:
     return name.strip(), value
 
 
-def parse_engine_option(text: str) -> tuple[str, Any]:
-    """`NAME=VALUE` of `--repro-engine-option` as TOML would read it, plain text where it is no TOML: `max_num_seqs=16`.
+def parse_engine_option(text: str, where: str = "--repro-engine-option") -> tuple[str, Any]:
+    """`NAME=VALUE` of an option as TOML would read it, plain text where it is no TOML: `max_num_seqs=16`.
 
     Raises:
         ConfigError: not of that form.
     """
     name, eq, raw = text.partition("=")
     if not eq or not name.strip():
-        raise ConfigError(
-            f"{text!r} is not NAME=VALUE", where="--repro-engine-option", fix="e.g. tensor_parallel_size=2"
-        )
+        raise ConfigError(f"{text!r} is not NAME=VALUE", where=where, fix="e.g. tensor_parallel_size=2")
     try:
         value = tomllib.loads(f"x = {raw.strip()}")["x"]
     except tomllib.TOMLDecodeError:
         value = raw.strip()
     if not isinstance(value, str | int | float | bool):
-        raise ConfigError(f"{text!r}: a string, a number or a boolean", where="--repro-engine-option")
+        raise ConfigError(f"{text!r}: a string, a number or a boolean", where=where)
     return name.strip(), value
 
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from itertools import takewhile
 from pathlib import Path, PurePosixPath
 from shlex import quote
 
@@ -13,9 +14,28 @@ from . import numerics, store
 from .errors import ConfigError, GoldenError
 from .golden import Golden
 from .history import Base, History
-from .provenance import Finding, limits, loosened_since, of_steps
+from .provenance import (
+    REMOVED,
+    Finding,
+    Step,
+    Version,
+    files_of,
+    limits,
+    loosened_since,
+    of_branch,
+    verified,
+    with_origins,
+)
 from .store import PENDING, Committed, Place, Reviewer, typed
-from .suite import Thresholds, defaults_around, defaults_of, load, thresholds_in, thresholds_in_force
+from .suite import (
+    SUITE_FILE,
+    Thresholds,
+    defaults_around,
+    modes_in,
+    table_of,
+    thresholds_in,
+    thresholds_in_force,
+)
 
 
 @dataclass(frozen=True)
@@ -43,20 +63,43 @@ def verify(path: Path, base: str | None, environment: Mapping[str, str]) -> Veri
     history = History.around(folder)
     under, since = history.within(folder), history.base(base, environment)
     places = store.below(folder)
-    steps = [replace(step, path=typed(history.root / step.path)) for step in history.steps(since.commit, under)]
-    if not places and not steps:
+    steps, told = _of_history(history, since, under)
+    if not places and not steps and not told:
         raise ConfigError(
             "there is no golden here, and none was deleted", where=path, fix=f"pytest --repro-update {path}"
         )
-    told = list(of_steps(steps))
     known = {(finding.kind, finding.where) for finding in told}  # with the commit that did it
     findings = [
         *(finding for finding in _of_files(places, history, under) if (finding.kind, finding.where) not in known),
         *told,
         *_of_pending(history, under),
-        *(finding for place in places for finding in _of_thresholds(place, history, since)),
+        *(
+            finding
+            for place in places
+            for finding in (
+                *_of_nested(place, history),
+                *_of_use(place, history, since),
+                *_of_thresholds(place, history, since),
+            )
+        ),
     ]
     return Verification(since, len(places), len(steps), tuple(dict.fromkeys(findings)))
+
+
+def _of_history(history: History, base: Base, under: str) -> tuple[list[Step], list[Finding]]:
+    """The steps below a folder, or where its goldens moved from, and what does not hold in them."""
+
+    def shown(versions: Mapping[str, Version]) -> dict[str, Version]:
+        return {typed(history.root / path): version for path, version in versions.items()}
+
+    found = list(history.steps(base.commit))
+    paths = {step.path for step in found} | history.differing(base.commit)
+    then, now = shown(history.versions(base.commit, paths)), shown(history.versions("HEAD", paths))
+    steps = [replace(step, path=typed(history.root / step.path)) for step in found]
+    told = of_branch(steps, then, now, base.name, base.commit[:12])
+    below = {typed(history.root / path) for path in paths if under == "." or path.startswith(f"{under}/")}
+    mine = with_origins(below, steps)
+    return [step for step in steps if step.path in mine], [finding for finding in told if finding.where in mine]
 
 
 def _of_files(places: list[Place], history: History, under: str) -> Iterator[Finding]:
@@ -67,7 +110,8 @@ def _of_files(places: list[Place], history: History, under: str) -> Iterator[Fin
         try:
             golden = place.read()
         except GoldenError as exc:
-            yield Finding("broken", shown, exc.what, exc.fix)
+            yield Finding("broken", shown, exc.what, _restore(place, history, loose, exc.fix))
+            continue  # to commit it as it lies here is not what mends it
         else:
             if golden.review is None:
                 yield Finding("unreviewed", shown, "nobody accepted this golden", _anew(place))
@@ -76,13 +120,28 @@ def _of_files(places: list[Place], history: History, under: str) -> Iterator[Fin
                 "uncommitted",
                 shown,
                 "git does not have it as it lies here",
-                f"git add {quote(shown[:-6])}.*, git commit",
+                f"git add {files_of(shown)} && git commit",
             )
+
+
+def _restore(place: Place, history: History, loose: Set[str], fix: str) -> str:
+    """What puts a broken golden right: HEAD's own where it was broken here, or else the last commit's that was sound."""
+    if {history.within(file) for file in (place.text, place.numbers)} & loose:
+        return fix
+    sound = history.last(history.within(place.text), lambda version: _is_sound(version, typed(place.text)))
+    return f"git checkout {sound} -- {files_of(typed(place.text))} && git commit" if sound else _anew(place)
+
+
+def _is_sound(version: Version, path: str) -> bool:
+    try:
+        return verified(version, path).review is not None
+    except GoldenError:
+        return False
 
 
 def _anew(place: Place) -> str:
     folder = quote(typed(place.folder))
-    return f"pytest --repro-update {folder}, then pytest-repro review {folder}"
+    return f"pytest --repro-update {folder} && pytest-repro review {folder}"
 
 
 def _of_pending(history: History, under: str) -> Iterator[Finding]:
@@ -90,8 +149,61 @@ def _of_pending(history: History, under: str) -> Iterator[Finding]:
         if path.endswith((f"{PENDING}.jsonl", f"{PENDING}.safetensors")):
             shown = typed(history.root / path)
             yield Finding(
-                "pending", shown, "a pending golden was committed", f"git rm --cached {quote(shown)}, and review it"
+                "pending",
+                shown,
+                "a pending golden was committed",
+                f"git rm --cached {quote(shown)} && git commit   # then review it",
             )
+
+
+def _of_nested(place: Place, history: History) -> Iterator[Finding]:
+    folder = place.folder.resolve()
+    above = takewhile(lambda f: f != history.root, (folder, *folder.parents))
+    if inner := next((f for f in above if (f / ".git").exists()), None):
+        shown = typed(inner)
+        yield Finding(
+            "nested",
+            typed(place.text),
+            f"this lies in a git repository of its own, {shown}, whose history was not looked at",
+            f"cd {quote(shown)} && pytest-repro verify",
+        )
+
+
+def _of_use(place: Place, history: History, base: Base) -> Iterator[Finding]:
+    """Whether a check still reads a golden that it read at the merge base."""
+    there = _path_at(base, place, history)
+    suite = str(PurePosixPath(there).parent / SUITE_FILE)
+    text = history.text(base.commit, suite) if there else None
+    if text is None or not _served_then(place, text, _defaults_at(history, base, there), suite):
+        return
+    shown, here = typed(place.text), place.folder / SUITE_FILE
+    retired = f"or git rm {files_of(shown)}, and {REMOVED}"
+    if not here.is_file() and there == history.within(place.text):
+        back = f"git checkout {base.commit[:12]} -- {quote(typed(here))}; git commit"
+        yield Finding("unused", shown, f"its suite's {SUITE_FILE} is gone since {base.name}", f"{back}; {retired}")
+    elif here.is_file() and not _serves(place, _modes(place)):
+        back = f"name its mode in [run] numerics of {typed(here)} again"
+        what = f"no mode of its suite reads this golden any more, and one did in {base.name}"
+        yield Finding("unused", shown, what, f"{back}; {retired}")
+
+
+def _modes(place: Place) -> tuple[str, ...]:
+    """The modes of a golden's suite; none where a test has asked for it."""
+    file = place.folder / SUITE_FILE
+    return modes_in(file.read_text("utf-8"), defaults_around(place.folder)[1], str(file)) if file.is_file() else ()
+
+
+def _served_then(place: Place, text: str, defaults: Mapping[str, object], where: str) -> bool:
+    try:
+        return _serves(place, modes_in(text, defaults, where))
+    except ConfigError:
+        return False  # no check passed with it
+
+
+def _serves(place: Place, modes: tuple[str, ...]) -> bool:
+    """Whether a suite of these modes is checked against this golden."""
+    claimed = [numerics.mode(mode).compute_class for mode in modes]
+    return None in claimed or place.stem.partition("@")[0] in claimed or bool(_falls_back(place, modes))
 
 
 def _of_thresholds(place: Place, history: History, base: Base) -> Iterator[Finding]:
@@ -101,7 +213,8 @@ def _of_thresholds(place: Place, history: History, base: Base) -> Iterator[Findi
     shown, prompts = typed(place.text), len(golden.generation)
     now, before = thresholds_in_force(place.folder), _at_base(place, history, base)
     then = {
-        cls: _of_class(before, cls) if before else None for cls in (golden.compute_class, *_falls_back(place, golden))
+        cls: _of_class(before, cls) if before else None
+        for cls in (golden.compute_class, *_falls_back(place, _modes(place)))
     }
     for cls, base_of_class in then.items():
         agreed = golden.review.thresholds if cls == golden.compute_class else None
@@ -117,37 +230,41 @@ def _of_thresholds(place: Place, history: History, base: Base) -> Iterator[Findi
             )
 
 
-def _falls_back(place: Place, golden: Golden) -> list[str]:
-    """Classes of the suite's modes that are checked against this golden for want of their own."""
-    if golden.compute_class == "fp32" or not (place.folder / "suite.toml").is_file():
-        return []
-    modes = load(place.folder, defaults=defaults_around(place.folder)[1]).numerics
+def _falls_back(place: Place, modes: tuple[str, ...]) -> list[str]:
+    """Classes of these modes that are checked against this golden for want of their own."""
+    mine = place.stem.partition("@")[0]
     claimed = {c for c in (numerics.mode(mode).compute_class for mode in modes) if c}
     own = {other.stem.partition("@")[0] for other in store.places(place.folder)}
-    return sorted(c for c in claimed - own if golden.compute_class in store.candidates_for(c, ""))
+    return sorted(c for c in claimed - own if mine != c and mine in store.candidates_for(c, ""))
 
 
 def _at_base(place: Place, history: History, base: Base) -> Mapping[str, Thresholds] | None:
     """The thresholds of this golden's suite at the merge base, wherever its folder lay then; None if it was not there."""
-    here = history.within(place.text)
-    there = history.files(base.commit, ".")
-    if here not in there:
-        mine = history.files("HEAD", here).get(here)
-        here = next((path for path, blob in there.items() if blob == mine), "")
+    here = _path_at(base, place, history)
     if not here:
         return None
-    suite = str(PurePosixPath(here).parent / "suite.toml")
+    suite = str(PurePosixPath(here).with_name(SUITE_FILE))
     try:
         return thresholds_in(history.text(base.commit, suite), _defaults_at(history, base, here), suite)
     except ConfigError:
         return None  # no check passed with it
 
 
+def _path_at(base: Base, place: Place, history: History) -> str:
+    """Where a golden lay at the merge base; "" if it was not there."""
+    here, there = history.within(place.text), history.files(base.commit, ".")
+    if here in there:
+        return here
+    mine = history.files("HEAD", here).get(here)
+    return next((path for path, blob in there.items() if blob == mine), "")
+
+
 def _defaults_at(history: History, base: Base, path: str) -> Mapping[str, object]:
     for folder in PurePosixPath(path).parents:
         text = history.text(base.commit, str(folder / "pyproject.toml"))
-        if text is not None:
-            return defaults_of(text, "pyproject.toml")
+        table = table_of(text, "pyproject.toml") if text is not None else None
+        if table is not None:
+            return table
     return {}
 
 

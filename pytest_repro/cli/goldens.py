@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from shlex import quote
 from typing import Annotated, Any
 
 import typer
@@ -16,7 +17,7 @@ from ..golden import Golden
 from ..store import Place, Reviewer
 from ..text import inert
 from ..wording import Piece, marked
-from .shell import AsJson, Where, app, as_data, console, reported, say
+from .shell import AsJson, Where, app, as_data, console, errors, reported, say
 
 Reason = Annotated[str, typer.Option("--reason", "-r", help="Why the new golden is right; kept in it.")]
 All = Annotated[bool, typer.Option("--all", help="Every pending golden below PATH.")]
@@ -100,12 +101,14 @@ def show(
     prompt: Annotated[str, typer.Option("--prompt", help="Only this prompt.")] = "",
     as_json: AsJson = False,
 ) -> None:
-    """Show goldens: where they come from, who accepted them, and their texts."""
+    """Show goldens, or the pending one that PATH names: where they come from, who accepted them, and their texts."""
     if not path.exists():
         raise ConfigError("there is no such folder", where=path, fix="name a suite's folder, e.g. golden/my-suite")
     places = store.below(path)
+    if path.is_file() and not places:
+        places = store.below(path, store.PENDING)
     if not places:
-        raise ConfigError("there is no golden here", where=path, fix=f"pytest --repro-update {path}")
+        raise _none_here(path)
     goldens = [(place, place.read()) for place in places]
     for place, golden in goldens:
         if prompt and prompt not in golden.generation.ids:
@@ -123,10 +126,8 @@ def _show_golden(place: Place, golden: Golden, only: str) -> None:
         console.print(Text(inert(line)))
     rows = [i for i, name in enumerate(golden.generation.ids) if only in ("", name)]
     for i in rows:
-        score = {True: "right", False: "wrong", None: ""}[golden.scores[i]]
-        span = golden.generation.span(i)
-        head = f"{golden.generation.ids[i]}  {span.stop - span.start} tokens, {golden.generation.finish_reasons[i]}  {score}"
-        console.print(Text(inert(f"· {head}"), style="bold"))
+        name = golden.generation.ids[i]
+        console.print(Text(inert(f"· {name}  {review.ending(golden, name)}"), style="bold"))
         console.print(Text(f"    │ {inert(golden.generation.texts[i])}"))
 
 
@@ -167,8 +168,24 @@ def _accept(place: Place, reason: str, quiet: bool = False) -> Golden:
 def _agreed(path: Path, reason: str) -> list[tuple[Place, Golden]]:
     found = store.below(path)
     if not found:
-        raise ConfigError("there is no golden here", where=path, fix=f"pytest --repro-update {path}")
+        raise _none_here(path)
+    for place in found:
+        _say_loosened(place)
     return [(place, store.agree(place, _reviewer(place, reason))) for place in found]
+
+
+def _say_loosened(place: Place) -> None:
+    golden = place.read()
+    changed = verification.loosened(place, golden, golden)
+    errors.print(Text(inert(f"{place.text}: {', '.join(changed) or 'no threshold is looser than in its review'}")))
+
+
+def _none_here(path: Path) -> ConfigError:
+    folder = path.parent if path.suffix else path
+    waiting = path.is_dir() and store.pending(path)
+    fix = f"pytest-repro diff {quote(str(path))}" if waiting else f"pytest --repro-update {quote(str(folder))}"
+    what = "there is no golden here, but a candidate waits" if waiting else "there is no golden here"
+    return ConfigError(what, where=path, fix=fix)
 
 
 def _reviewer(place: Place, reason: str) -> Reviewer:
@@ -206,10 +223,8 @@ def _chosen(path: Path, every: bool, verb: str) -> list[Place]:
     if not found:
         raise ConfigError("nothing is pending here", where=path, fix=f"pytest --repro-update {path}")
     if not every:
-        names = "\n       ".join(str(p.text) for p in found)
-        raise ConfigError(
-            f"{len(found)} pending:\n       {names}", where=path, fix=f"name one of these files, or {verb} --all"
-        )
+        names = ", ".join(str(p.text) for p in found)
+        raise ConfigError(f"{len(found)} pending: {names}", where=path, fix=f"name one of these files, or {verb} --all")
     return found
 
 

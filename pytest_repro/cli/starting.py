@@ -14,15 +14,16 @@ from typing import Annotated
 import typer
 
 from .. import accuracy, numerics, starter
-from ..engines.base import REGISTRY, needs_model
+from ..engines.base import REGISTRY, check_options, needs_model
 from ..errors import ConfigError
 from ..models import well_formed
 from ..starter import Recipe
-from ..store import atomic_write, typed
-from ..suite import SUITE_FILE, load
+from ..store import atomic_write
+from ..suite import SUITE_FILE, defaults_around, load, parse_engine_option
 from .shell import AsJson, app, as_data, reported, say
 
 PROMPTS_FILE = "prompts.jsonl"
+ALLOW_CODE = "--repro-allow-code"
 
 
 @app.command()
@@ -36,6 +37,9 @@ def init(
         list[str] | None, typer.Option("--numerics", help="native, bf16, fp16, fp32 or layercast; repeatable, or with commas.")
     ] = None,
     engine: Annotated[str, typer.Option("--engine", help="transformers, vllm, openai, scripted or module:function.")] = "transformers",
+    engine_option: Annotated[
+        list[str] | None, typer.Option("--engine-option", metavar="NAME=VALUE", help="E.g. base_url=http://127.0.0.1:8000/v1; repeatable.")
+    ] = None,
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1)] = 96,
     batch_size: Annotated[int, typer.Option("--batch-size", min=1)] = 8,
     scorer: Annotated[str, typer.Option("--scorer", help="exact, regex, last-number, choice or module:function.")] = "",
@@ -58,23 +62,29 @@ def init(
         max_new_tokens=max_new_tokens,
         batch_size=batch_size,
         options={"pattern": pattern} if pattern else {},
+        engine_options=dict(parse_engine_option(text, "--engine-option") for text in engine_option or ()),
     )
     _check(recipe)
+    _check_address(recipe, folder)
     made = _files(recipe, folder)
-    ci = starter.workflow(typed(folder), recipe.numerics, action, recipe.engine)
+    ci = starter.workflow(_in_repository(folder), recipe.numerics, action, recipe.engine, allow_code=recipe.names_code)
     if workflow is not None:
-        made[workflow] = ci
+        made[_apart(workflow, folder)] = ci
     _write(made)
-    steps = [
-        f"{c} {quote(str(folder))}" for c in ("pytest --repro-update", "pytest-repro review", "pytest --repro-check")
-    ]
+    steps = _steps(recipe, folder)
     if as_json:
         as_data({"suite": str(folder), "name": recipe.name, "prompts": len(read), "numerics": list(recipe.numerics),
                  "written": [str(file) for file in made], "next": steps, "workflow": ci})  # fmt: skip
     else:
-        _tell(recipe, list(made), steps, ci if workflow is None else "", action)
+        _tell(recipe, list(made), steps[1:] if record else steps, ci if workflow is None else "", action)
     if record:
-        _record(folder, quiet=as_json)
+        _record(recipe, folder, quiet=as_json)
+
+
+def _steps(recipe: Recipe, folder: Path) -> list[str]:
+    code = f" {ALLOW_CODE}" if recipe.names_code else ""
+    commands = (f"pytest{code} --repro-update", "pytest-repro review", f"pytest{code} --repro-check")
+    return [f"{command} {quote(str(folder))}" for command in commands]
 
 
 def _text(file: Path) -> str:
@@ -128,8 +138,58 @@ def _check(recipe: Recipe) -> None:
             numerics.mode(mode)
         except ConfigError as exc:
             raise ConfigError(exc.what, where="--numerics") from None
+    check_options(recipe.engine, recipe.engine_options, "--engine-option")
     if ":" not in recipe.scorer:
         accuracy.scorer(recipe.scorer, pattern=recipe.options.get("pattern", ""), where="--scorer")
+
+
+def _check_address(recipe: Recipe, folder: Path) -> None:
+    """A suite that asks a server says which, or whoever runs it does: the first recording would be late to hear of it."""
+    if recipe.engine != "openai":
+        return
+    try:
+        from ..engines import openai_client
+    except ImportError:
+        raise ConfigError(
+            "the engine openai is not installed", where="--engine", fix="pip install 'pytest-repro[openai]'"
+        ) from None
+    named = recipe.engine_options.get("base_url")
+    table = defaults_around(folder)[1].get("engine", {})
+    elsewhere = [at.get("base_url") for at in (table, table.get("openai")) if isinstance(at, dict)]
+    if named is not None:
+        openai_client.address(str(named), "--engine-option base_url")
+    elif not any((*elsewhere, os.environ.get(openai_client.ADDRESS_VARIABLE))):
+        raise ConfigError(
+            "no server is named",
+            where="--engine openai",
+            fix=f"--engine-option base_url=http://127.0.0.1:8000/v1, or the variable {openai_client.ADDRESS_VARIABLE}",
+        )
+
+
+def _in_repository(folder: Path) -> str:
+    """The suite's folder as a workflow names it: from the root of the repository, or else from the working directory."""
+    here = Path.cwd().resolve()
+    root = next((above for above in (here, *here.parents) if (above / ".git").exists()), here)
+    try:
+        return folder.resolve().relative_to(root).as_posix()
+    except ValueError:
+        raise ConfigError(
+            f"the suite's folder lies outside of the project in {root}: its workflow would not find it",
+            where=folder,
+            fix="run pytest-repro init in the project that the suite belongs to",
+        ) from None
+
+
+def _apart(workflow: Path, folder: Path) -> Path:
+    """The workflow's file, which may be none of the suite's, and no folder above it."""
+    file, suite = workflow.resolve(), folder.resolve()
+    if file.is_relative_to(suite) or suite.is_relative_to(file):
+        raise ConfigError(
+            "the workflow cannot lie in the suite's folder, or in its place",
+            where=f"--workflow {workflow}",
+            fix="--workflow .github/workflows/repro.yml",
+        )
+    return workflow
 
 
 def _files(recipe: Recipe, folder: Path) -> dict[Path, str]:
@@ -170,6 +230,13 @@ def _tell(recipe: Recipe, made: list[Path], steps: list[str], ci: str, action: s
     say(
         f"      {len(recipe.prompts)} prompts, {answers} with an answer; {', '.join(recipe.numerics)}; scorer {recipe.scorer}"
     )
+    if not answers:
+        say("      without answers, accuracy is not judged")
+    if well_formed(recipe.model) and needs_model(recipe.engine) and not _is_pinned(recipe.model):
+        say(
+            f"note  {recipe.model} names no revision: another one may answer tomorrow, and its golden be incomparable",
+            "yellow",
+        )
     for i, step in enumerate(steps):
         say(f"{'next' if i == 0 else '':<5} {step}", "bold")
     if ci:
@@ -182,9 +249,14 @@ def _tell(recipe: Recipe, made: list[Path], steps: list[str], ci: str, action: s
         )
 
 
-def _record(folder: Path, *, quiet: bool) -> None:
+def _is_pinned(model: str) -> bool:
+    return "@" in model or ":" in model or model.startswith((".", "/"))
+
+
+def _record(recipe: Recipe, folder: Path, *, quiet: bool) -> None:
     """pytest in a process of its own; with --as-json its output goes to stderr."""
-    command = [sys.executable, "-m", "pytest", "--repro-update", str(folder)]
+    code = [ALLOW_CODE] if recipe.names_code else []
+    command = [sys.executable, "-m", "pytest", *code, "--repro-update", str(folder)]
     sys.stdout.flush()
     done = subprocess.run(command, stdout=sys.stderr if quiet else None, check=False)
     if done.returncode:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import gc
 import inspect
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -91,6 +92,12 @@ class TransformersEngine:
 
     def _load(self, path: str) -> Any:
         attention = self.spec.options.get("attention")
+        if attention is not None and not re.fullmatch(r"\w+", str(attention), re.ASCII):
+            raise ConfigError(
+                f"attention {attention!r} is not the name of an implementation: an address of kernels to fetch would be code",
+                where=f"{self.spec.folder} [engine.attention]",
+                fix='attention = "sdpa" or "eager"',
+            )
         options: dict[str, Any] = {"attn_implementation": attention} if attention else {}
         dtype = getattr(torch, self.spec.mode.dtype) if self.spec.mode.dtype else "auto"
         options |= self._storage()

@@ -130,9 +130,13 @@ def _suite(suite: Suite, texts: int) -> Iterator[str]:
     if calm := [c for c in suite["checks"] if c["status"] == "pass" and c["name"] in ("accuracy", "compute", "length")]:
         yield fenced(line for check in calm for line in _check(check))
     if suite["next_steps"]:
-        yield "Next:\n\n" + fenced(f"{step['command']}   # {step['when']}" for step in suite["next_steps"])
+        yield "Next:\n\n" + fenced(map(_step, suite["next_steps"]))
     if suite["notes"]:
         yield fenced(f"note  {note}" for note in suite["notes"])
+
+
+def _step(step: Mapping[str, str]) -> str:
+    return f"{step['command']}   # {step['when']}" if step["when"] else step["command"]
 
 
 def _against(suite: Suite) -> str:

@@ -59,7 +59,7 @@ def _section(suite: Mapping[str, Any], verbose: bool) -> Iterator[Line]:
     for note in suite["notes"]:
         yield f"{'note':<13} {note}", ""
     for i, step in enumerate(suite["next_steps"]):
-        when = f"   {step['when']}" if step["when"] else ""
+        when = f"   # {step['when']}" if step["when"] else ""
         yield f"{'next' if i == 0 else '':<13} {step['command']}{when}", "bold"
 
 
@@ -86,7 +86,7 @@ def _head(suite: Mapping[str, Any]) -> Iterator[Line]:
         )
         return
     counts = " · ".join(f"{suite['counts'][v]} {v}" for v in reversed(ORDER) if suite["counts"].get(v))
-    rules = "; ".join(suite["failures"])
+    rules = "; ".join(rule for rule in suite["failures"] if rule not in counts.split(" · "))
     yield f"      {counts}" + (f"            {rules}" if rules else ""), ""
     if suite["shard"]:
         yield (
@@ -206,12 +206,14 @@ def _recording(r: Mapping[str, Any]) -> Iterator[Line]:
     changed = "nothing to compare with" if r["changed"] is None else f"{r['changed']} prompts changed"
     accuracy = "" if r["accuracy"] is None else f", accuracy {r['accuracy']:.1f} %"
     yield f"recorded  {r['prompts']} prompts as {r['golden']}: {changed}{accuracy}, {r['seconds']:.0f} s", "yellow"
+    if r["cut"]:
+        yield f"          {r['cut']} of {r['prompts']} answers were cut at max_new_tokens = {r['max_new_tokens']}", ""
     noise = r["noise"]
     yield (
         f"          benign noise: mean |Δlogp| {noise['mean_abs_dlogp']:.2g}, largest change of a gap {noise['max_deficit']:.2g}",
         "",
     )
     if r["shard"]:
-        yield f"next      pytest-repro merge {r['path']}   once the other shards are recorded", "bold"
+        yield f"next      pytest-repro merge {r['path']}   # once the other shards are recorded", "bold"
         return
     yield f"next      pytest-repro review {r['path']}", "bold"

@@ -37,6 +37,7 @@ def _runner(project: Project, monkeypatch: pytest.MonkeyPatch) -> Callable[..., 
 
 
 def data(result: Result) -> Any:
+    assert result.stdout, result.stderr
     return json.loads(result.stdout)
 
 
@@ -82,6 +83,46 @@ def test_a_first_suite_as_json_with_its_workflow(project: Project, run: Callable
     assert suite.load(project.root / "golden/mine").model == "../../models/own", "relative to the suite, as suites are"
 
 
+def test_a_suite_that_names_code_is_run_with_leave(project: Project, run: Callable[..., Result]) -> None:
+    project.write("mine.txt", "a\n")
+    for i, args in enumerate([("--scorer", "scoring:right"), ("--engine", "mine:engine")]):
+        made = data(run("init", f"golden/m{i}", *INIT[2:], *args, "--as-json"))
+        assert made["next"] == [
+            f"pytest --repro-allow-code --repro-update golden/m{i}", f"pytest-repro review golden/m{i}",
+            f"pytest --repro-allow-code --repro-check golden/m{i}",
+        ]  # fmt: skip
+        assert "\n          arguments: --repro-allow-code # " in made["workflow"]
+    assert "--repro-allow-code" not in run(*INIT).stdout
+
+
+def test_a_suite_that_asks_a_server_says_which(
+    project: Project, run: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
+    project.write("mine.txt", "a\n")
+    address = "http://127.0.0.1:8000/v1"
+    ask = (*INIT[2:], "--engine", "openai")
+    done = run("init", "golden/a", *ask, "--engine-option", f"base_url={address}", "--engine-option", "retries=2")
+    assert done.exit_code == 0, done.output
+    assert suite.load(project.root / "golden/a").engine_options == {"base_url": address, "retries": 2}
+    assert run("init", "golden/b", *ask).exit_code == 2
+    monkeypatch.setenv("OPENAI_BASE_URL", address)
+    assert run("init", "golden/b", *ask).exit_code == 0
+    monkeypatch.delenv("OPENAI_BASE_URL")
+    project.pyproject(f'[tool.pytest-repro.engine.openai]\nbase_url = "{address}"\n')
+    assert run("init", "golden/c", *ask).exit_code == 0
+
+
+def test_the_workflow_names_the_suite_from_the_repositorys_root(
+    project: Project, run: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    project.write("golden/mine.txt", "a\n")
+    git.Repo.init(project.root)
+    monkeypatch.chdir(project.root / "golden")
+    made = data(run("init", "mine", *INIT[2:], "--as-json"))
+    assert made["next"][0] == "pytest --repro-update mine" and '          golden: "golden/mine"\n' in made["workflow"]
+
+
 def test_recording_at_once(project: Project) -> None:
     project.suite().write("mine.txt", "a\nb\n")
     rows = "".join(json.dumps({**project.rows[k], "id": f"p0{i}"}) + "\n" for i, k in enumerate("ab", 1))
@@ -120,7 +161,23 @@ BAD_INIT: dict[str, tuple[dict[str, str], tuple[str, ...], str]] = {
     "hostile-folder": (
         {"mine.txt": "x"}, ("init", "g/${{x}}", "--name", "m", *INIT[2:]), "signs that a workflow gives a meaning to"
     ),
-    "hostile-action": ({"mine.txt": "x"}, (*INIT, "--action", "a\nb"), "signs that a workflow gives a meaning to"),
+    "hostile-action": ({"mine.txt": "x"}, (*INIT, "--action", "a\nb"), "names no action"),
+    "no-server": ({"mine.txt": "x"}, (*INIT, "--engine", "openai"), "--engine-option base_url=http://127.0.0.1:8000/v1"),
+    "secret-server": (
+        {"mine.txt": "x"}, (*INIT, "--engine", "openai", "--engine-option", "base_url=http://u:p@h/v1"), "may hold no user"
+    ),
+    "unknown-engine-option": ({"mine.txt": "x"}, (*INIT, "--engine-option", "base_url=x"), "unknown key 'base_url'"),
+    "no-engine-option": ({"mine.txt": "x"}, (*INIT, "--engine-option", "x"), "--engine-option: 'x' is not NAME=VALUE"),
+    "outside": ({"mine.txt": "x"}, ("init", "../mine", *INIT[2:]), "lies outside of the project"),
+    "workflow-for-a-suite": (
+        {"mine.txt": "x"}, (*INIT, "--workflow", "golden/../golden/mine/suite.toml"), "cannot lie in the suite's folder"
+    ),
+    "workflow-in-a-suite": (
+        {"mine.txt": "x"}, (*INIT, "--workflow", "golden/mine/w.yml"), "cannot lie in the suite's folder"
+    ),
+    "workflow-for-a-folder": ({"mine.txt": "x"}, (*INIT, "--workflow", "golden"), "cannot lie in the suite's folder"),
+    "key-twice": ({"mine.txt": '{"prompt": "a", "prompt": "b"}'}, INIT, "mine.txt:1: not valid JSON: the key 'prompt' stands twice"),
+    "no-number": ({"mine.txt": '{"prompt": "a", "answer": NaN}'}, INIT, "mine.txt:1 [answer]: the answer is nan"),
 }  # fmt: skip
 
 
@@ -218,6 +275,90 @@ def test_a_suite_that_moved_keeps_its_history(repository: Any) -> None:
     assert [f["kind"] for f in found] == ["thresholds"]
 
 
+def test_a_golden_that_moved_without_its_suite_is_deleted(repository: Any) -> None:
+    project, repo, run = repository
+    repo.git.checkout("-qb", "move")
+    (project.root / "golden/junk").mkdir()
+    for part in ("jsonl", "safetensors"):
+        repo.git.mv(f"golden/demo/bf16.golden.{part}", "golden/junk")
+    repo.index.commit("move")
+    found = data(run("verify", "--base", "main", "--as-json"))["findings"]
+    assert [(f["kind"], f["where"]) for f in found] == [("deleted", "golden/demo/bf16.golden.jsonl")]
+
+
+def test_a_folder_of_a_suite_that_moved_is_verified_alone(repository: Any) -> None:
+    _, repo, run = repository
+    repo.git.checkout("-qb", "move")
+    repo.git.mv("golden/demo", "golden/other")
+    repo.index.commit("move")
+    for folder, goldens, steps in (("golden/other", 1, 2), ("golden/demo", 0, 1)):
+        found = data(run("verify", folder, "--base", "main", "--as-json"))
+        assert (found["findings"], found["goldens"], found["steps"]) == ([], goldens, steps)
+
+
+def test_what_a_merge_dropped_of_the_targets_goldens(repository: Any) -> None:
+    project, repo, run = repository
+    repo.git.checkout("-qb", "branch")
+    repo.git.commit("-qm", "work", "--allow-empty")
+    repo.git.checkout("-q", "main")
+    project.suite(at="golden/more").update(where="golden/more").accept(where="golden/more")
+    project.suite().flip("a", DRIFT).update().accept()
+    repo.git.add("-A")
+    repo.git.commit("-qm", "a newer golden, and another suite")
+    repo.git.checkout("-q", "branch")
+    repo.git.merge("-q", "-s", "ours", "main", "-m", "merge")
+
+    def found(*args: str) -> list[tuple[str, str]]:
+        told = data(run("verify", *args, "--base", "main", "--as-json"))
+        return [(f["kind"], f["where"]) for f in told["findings"]]
+
+    older, gone = ("chain", "golden/demo/bf16.golden.jsonl"), ("deleted", "golden/more/bf16.golden.jsonl")
+    assert found() == [older, gone]
+    assert found("golden/demo") == [older] and found("golden/more") == [gone]
+    repo.git.checkout("main", "--", "golden")
+    repo.git.commit("-qm", "put them back")
+    assert found() == []
+    repo.git.rm("-qr", "golden/more")
+    repo.git.commit("-qm", "Retire it\n\nGolden-Removed: nobody asks this")
+    assert found() == []
+
+
+def test_a_golden_that_no_check_reads_any_more(repository: Any) -> None:
+    project, repo, run = repository
+
+    def found() -> list[tuple[str, str]]:
+        told = data(run("verify", "--base", "main", "--as-json"))
+        return [(f["kind"], f["what"]) for f in told["findings"]]
+
+    repo.git.checkout("-qb", "branch")
+    for modes in (["bf16", "fp32"], ["fp32"], ["native"]):
+        project.suite(run={"numerics": modes})
+        assert found() == []
+    project.suite(run={"numerics": ["fp16"]})
+    assert found() == [("unused", "no mode of its suite reads this golden any more, and one did in main")]
+    (project.folder / "suite.toml").unlink()
+    assert found() == [("unused", "its suite's suite.toml is gone since main")]
+    repo.git.commit("-qam", "less to check")
+    repo.git.rm("-q", "golden/demo/bf16.golden.jsonl", "golden/demo/bf16.golden.safetensors")
+    repo.git.commit("-qm", "Retire it\n\nGolden-Removed: nobody asks this")
+    assert found() == []
+
+
+def test_a_golden_in_a_repository_of_its_own(repository: Any) -> None:
+    project, repo, run = repository
+    shutil.copytree(project.folder, project.root / "golden/inner/demo")
+    inner = git.Repo.init(project.root / "golden/inner", initial_branch="main")
+    (found,) = data(run("verify", "--base", "main", "--as-json"))["findings"]
+    assert (found["kind"], found["where"]) == ("nested", "golden/inner/demo/bf16.golden.jsonl")
+    assert found["fix"] == "cd golden/inner && pytest-repro verify"
+    inner.git.add("-A")
+    inner.index.commit("first")
+    repo.git.add("golden/inner")
+    repo.index.commit("as a submodule")
+    assert data(run("verify", "--base", "main", "--as-json"))["findings"] == [found]
+    assert run("verify", "golden/inner", "--base", "main").exit_code == 0
+
+
 def test_thresholds_of_pyproject_count(repository: Any) -> None:
     project, _, run = repository
     project.pyproject("[tool.pytest-repro.thresholds]\nmax_unexplained = 2\n")
@@ -285,6 +426,35 @@ def test_loosened_thresholds_are_shown_before_they_are_accepted(repository: Any)
     done = run("accept", "golden", "--all", "--reason", "a is a coin toss")
     assert "THRESHOLDS LOOSENED" in done.stdout and "verdict   1 drift · 3 identical" in done.stdout
     assert done.stdout.index("THRESHOLDS LOOSENED") < done.stdout.index("accepted golden/demo/bf16.golden.jsonl")
+
+
+def test_a_first_golden_is_read_before_it_is_accepted(project: Project, run: Callable[..., Result]) -> None:
+    project.suite(answers={"a": "7"}, texts={"a": "I say 7"}).update()
+    shown = run("diff")
+    assert "new        a  4 tokens, stop, right" in shown.stdout and "now     I say 7" in shown.stdout
+    assert data(run("diff", "--as-json"))[0]["counts"] == {"new": 4}
+    file = str(project.folder / "bf16.pending.jsonl")
+    assert "I say 7" in run("show", file).stdout and "accepted  by nobody yet" in run("show", file).stdout
+    waiting = run("show")
+    assert (
+        waiting.exit_code == 2
+        and "a candidate waits" in waiting.stderr
+        and "mend:  pytest-repro diff golden" in waiting.stderr
+    )
+
+
+def test_thresholds_are_shown_where_a_reason_seals_them(repository: Any) -> None:
+    project, _, run = repository
+    project.suite(thresholds={"max_divergent": 4})
+    done = run("accept", "golden", "--thresholds", "--reason", "a coin toss")
+    assert done.exit_code == 0 and "bf16.golden.jsonl: max_divergent 0 -> 4" in done.stderr
+    assert "no threshold is looser" in run("accept", "golden", "--thresholds", "--reason", "again").stderr
+
+
+def test_several_pending_goldens_are_named_on_one_line(project: Project, run: Callable[..., Result]) -> None:
+    project.suite(run={"numerics": ["bf16", "fp32"]}).update()
+    said = run("reject", "golden").stderr
+    assert "2 pending: golden/demo/bf16.pending.jsonl, golden/demo/fp32.pending.jsonl" in said.replace("\n", " ")
 
 
 def test_accuracy_and_envelope_before_and_after(project: Project, run: Callable[..., Result]) -> None:

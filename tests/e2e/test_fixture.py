@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from xml.etree import ElementTree
 
 import pytest
@@ -156,6 +157,24 @@ def test_mistakes_of_a_test_are_told_without_this_packages_source(accepted: Proj
         assert told in result.out, name
     assert "pytest_repro/" not in result.out
     assert "Traceback" not in result.text
+
+
+def test_what_mends_a_missing_golden_names_the_test(project: Project) -> None:
+    """A test's own golden has no suite.toml that pytest could be given."""
+    project.write("engine.py", ENGINE.format(suffix=""))
+    body = "from engine import shout\n\ndef test_one(repro):\n    repro.check_prompt('hello', engine=shout)\n"
+    missing = project.write("test_one.py", body).pytest("--repro-check", "test_one.py")
+    assert missing.rc == 1
+    command = next(line for line in missing.out.splitlines() if line.startswith("next")).split(maxsplit=1)[1]
+    assert command.startswith("pytest --repro-update test_one.py::test_one ")
+    assert project.pytest(*shlex.split(command, comments=True)[1:]).rc == 0
+    assert project.accept().pytest("--repro-check", "test_one.py").rc == 0
+
+
+def test_a_run_is_short_where_an_assertion_prints_it(accepted: Project) -> None:
+    body = "def test_own(repro):\n    assert repro.check('golden/demo') == 1\n"
+    result = accepted.write("test_own.py", body).check(where="test_own.py")
+    assert "Run(golden/demo [bf16] pass)" in result.out
 
 
 def test_an_unknown_keyword_of_the_marker_is_named(accepted: Project) -> None:

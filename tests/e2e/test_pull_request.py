@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import zipfile
@@ -131,7 +132,7 @@ def _loosened(change: Clone) -> None:
 BAD: dict[str, tuple[Callable[[Clone], None], list[str]]] = {
     "edited-by-hand": (
         _by_hand,
-        ["leaves it broken: this golden was edited by hand", "mend: record and accept it anew: pytest --repro-update golden/demo"],
+        ["leaves it broken: this golden was edited by hand", "then record and accept it anew: pytest --repro-update golden/demo"],
     ),
     "accepted-by-nobody": (_accepted_by_nobody, ["changes this golden, and nobody accepted it"]),
     "broken-chain": (_broken_chain, ["its review replaced sha256:", "lay there", "pytest-repro review golden/demo"]),
@@ -143,6 +144,17 @@ BAD: dict[str, tuple[Callable[[Clone], None], list[str]]] = {
         ],
     ),
 }  # fmt: skip
+
+
+def test_the_commands_that_show_a_squashed_golden_beside_what_it_replaces_mend_it(change: Clone) -> None:
+    _broken_chain(change)
+    (found,) = json.loads(change.verify("--as-json").out)["findings"]
+    script, review = found["fix"].partition(": ")[2].rsplit("; ", 1)
+    identity = {f"GIT_{who}_{what}": "x" for who in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")}
+    subprocess.run(["bash", "-c", f"{script} -qm back"], cwd=change.root, check=True, env=os.environ | identity)
+    assert review == "pytest-repro review golden/demo"
+    change.accept("both of them, beside the first")
+    assert change.commit("Reviewed").verify().rc == 0
 
 
 @pytest.mark.parametrize("name", BAD)
@@ -168,6 +180,31 @@ def test_a_reason_for_looser_thresholds_is_recorded(change: Clone) -> None:
     assert told["digest"] == digest, "what was accepted stays as it was"
     assert change.commit("Say why").verify().rc == 0
     assert change.check().rc == 0
+
+
+def test_a_broken_golden_that_was_committed_is_brought_back_whole(change: Clone) -> None:
+    """By the very command that is printed; HEAD has the damage, and a shell would expand a pattern by what lies there."""
+    _by_hand(change)
+    (change.folder / "bf16.golden.safetensors").unlink()
+    change.commit("Green again")
+    result = change.verify("--base", "HEAD")
+    assert result.rc == 1 and result.out.count("FAIL  golden/demo/bf16.golden.jsonl") == 1
+    mend = next(line for line in result.out.splitlines() if "mend: " in line).split("mend: ")[1]
+    typed = mend.replace("git commit", "git -c user.name=Dev -c user.email=dev@example.org commit -qm back")
+    subprocess.run(["bash", "-ec", typed], cwd=change.root, check=True)
+    assert change.verify("--base", "HEAD").rc == 0
+
+
+LOOSE = "[tool.pytest-repro.thresholds]\nmax_divergent = 1.0\nmax_unexplained = 1.0\n"
+
+
+def test_the_thresholds_that_a_check_reads_are_those_that_verify_holds(change: Clone) -> None:
+    change.pyproject(LOOSE).write("golden/pyproject.toml", "[tool.other]\n").commit("Green again")
+    assert change.check().rc == 0, "drift passes"
+    result = change.verify()
+    assert result.rc == 1 and "max_divergent 0 -> 1.0, max_unexplained 0 -> 1.0" in result.out
+    assert change.cli("accept", "golden", "--thresholds", "--reason", "b is a coin toss").rc == 0
+    assert change.header()["review"]["thresholds"]["limits"]["max_divergent"] == 1.0
 
 
 def test_what_was_accepted_twice_before_a_commit_is_one_step(change: Clone) -> None:

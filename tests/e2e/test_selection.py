@@ -191,6 +191,19 @@ def test_keyword_over_marker(repro):
 """
 
 
+def test_the_next_command_asks_for_what_failed(accepted: Project) -> None:
+    """With the options that were given: another batch size or mode would be another question."""
+    accepted.flip("a", DRIFT)
+    result = accepted.check("--repro-numerics", "bf16", "--repro-batch-size", "1")
+    command = "pytest --repro-update golden/demo --repro-batch-size 1 --repro-numerics bf16   # if it is meant"
+    assert result.rc == 1 and command in result.out
+
+
+def test_a_folder_without_suites_is_named(project: Project) -> None:
+    result = project.pytest("--repro-check")
+    assert result.rc == 5 and "there is no golden (repro_paths) to look in" in result.out
+
+
 @pytest.mark.parametrize("workers", [[], ["-n", "2"]], ids=["alone", "xdist"])
 def test_a_tests_keyword_is_stronger_than_the_command_line(accepted: Project, workers: list[str]) -> None:
     """The suite fails by the command line's threshold; tests that allow more pass beside it."""

@@ -105,7 +105,7 @@ def test_a_part_waits_for_merge_and_nothing_else(parts: Project) -> None:
         assert "this is a part, 1 of 3: pytest-repro merge first" in refused.err
     unmerged = parts.check()
     assert unmerged.rc == 1
-    assert "parts of a candidate wait: pytest-repro merge golden/demo" in unmerged.out
+    assert "pytest-repro merge golden/demo   # parts of a candidate wait" in unmerged.out
     assert parts.golden_files() == before
     assert parts.cli("reject", f"golden/demo/{PARTS[0]}").rc == 0
     assert sorted(p.name for p in parts.folder.glob("*.pending.jsonl")) == PARTS[1:]

@@ -157,6 +157,14 @@ def test_an_unknown_device_or_attention_is_a_mistake_in_the_suite(files: ModelFi
             pass
 
 
+@pytest.mark.parametrize("address", ["kernels-community/flash-attn", "org/kernel@main", "paged|org/kernel:fn", ""])
+def test_a_suite_fetches_no_attention_kernel(files: ModelFiles, address: str) -> None:
+    """transformers would load code from the hub for an address; a suite is data from a pull request."""
+    spec = Spec(mode("fp32"), 4, files.path, files, {"attention": address})
+    with pytest.raises(ConfigError, match="would be code"), opener("transformers")(spec):
+        pass
+
+
 def test_generation_defaults_of_the_model_do_not_leak_in(files: ModelFiles, tmp_path: Path) -> None:
     """A checkpoint that asks for sampling with a penalty is decoded greedily all the same."""
     for file in files.path.iterdir():

@@ -68,6 +68,23 @@ def tree(root: Path) -> dict[str, bytes]:
     return {str(p.relative_to(root)): p.read_bytes() for p in root.rglob("*") if p.is_file()}
 
 
+@pytest.mark.parametrize("kept", [".jsonl", ".safetensors"])
+@pytest.mark.parametrize(
+    ("folder", "named"),
+    [("golden/s", "golden/s"), ("repro-pending/golden/s", "golden/s"), ("golden/$(touch x)", "golden")],
+)
+def test_a_candidate_without_its_other_file_says_how_to_come_by_it(
+    tmp_path: Path, checkout: Path, folder: str, named: str, kept: str
+) -> None:
+    name = f"{folder}/bf16.pending.jsonl"
+    half = {file: data for file, data in files(candidate(), name).items() if file.endswith(kept)}
+    with pytest.raises(GoldenError) as told:
+        fetched(unpacked(tmp_path, half), checkout)
+    assert told.value.fix == (
+        f"gh run download --name repro-pending, and fetch it again; or pytest --repro-update {named}, which records it here"
+    )
+
+
 # --- what is sound --------------------------------------------------------------------------------------------------
 
 
@@ -239,7 +256,7 @@ def test_nothing_is_written_unless_all_is_sound(checkout: Path, tmp_path: Path, 
     with pytest.raises((ConfigError, GoldenError), match=told) as caught:
         fetched(path, checkout)
     assert tree(checkout) == before
-    assert caught.value.where
+    assert caught.value.where and "git checkout" not in caught.value.fix
 
 
 def test_one_bad_candidate_keeps_the_good_ones_out(checkout: Path, tmp_path: Path) -> None:

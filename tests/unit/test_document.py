@@ -80,7 +80,9 @@ def test_a_session_fails_if_one_suite_does() -> None:
     assert document.of_session([passed, failed], [])["verdict"] == "fail"
     assert document.of_session([passed], [])["verdict"] == document.of_session([], [])["verdict"] == "pass"
     assert document.of_session([failed, passed], [])["environment"] == passed["environment"] != {}
-    recording = Recording("s", "golden/s", "bf16", "bf16.pending.jsonl", 3, None, None, {"max_deficit": 0.25}, 1.0)
+    recording = Recording(
+        "s", "golden/s", "bf16", "bf16.pending.jsonl", 3, None, 1, 8, None, {"max_deficit": 0.25}, 1.0
+    )
     report = document.of_session([], [document.of_recording(recording)])
     assert schemas.first_error(report, "report") is None and report["recordings"][0]["changed"] is None
 

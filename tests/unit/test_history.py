@@ -9,7 +9,7 @@ import pytest
 
 from pytest_repro.errors import ConfigError
 from pytest_repro.history import DEFAULT_BASES, TARGET_VARIABLES, History
-from pytest_repro.provenance import of_steps
+from pytest_repro.provenance import of_branch
 from pytest_repro.store import PENDING, Committed, Place
 from tests.unit.builders import REVIEW, generation, golden, output
 
@@ -48,8 +48,12 @@ class Repository:
     def steps(self, base: str) -> list[tuple[str, int]]:
         """(kind of change, parents) of every step, which must hold."""
         history = History.around(self.root)
-        found = list(history.steps(history.base(base, {}).commit, "golden"))
-        assert list(of_steps(found)) == []
+        commit = history.base(base, {}).commit
+        found = list(history.steps(commit))
+        then, now = (
+            history.versions(rev, {s.path for s in found} | history.differing(commit)) for rev in (commit, "HEAD")
+        )
+        assert list(of_branch(found, then, now, base, commit)) == []
         return [
             ("deleted" if s.after is None else "new" if not any(s.before) else "changed", len(s.before)) for s in found
         ]
@@ -110,15 +114,49 @@ def test_a_deletion_and_its_reason(repository: Repository) -> None:
     repository.git.rm("-qr", "golden")
     repository.git.commit("-qm", "Retire\n\nIt was old.\n\nGolden-Removed: nobody asks this any more")
     assert repository.steps("HEAD~1") == [("deleted", 1)]
-    (step,) = History.around(repository.root).steps("HEAD~1", "golden")
+    (step,) = History.around(repository.root).steps("HEAD~1")
     assert step.reason == "nobody asks this any more" and step.path == PATH
 
 
-def test_steps_elsewhere_are_not_looked_at(repository: Repository) -> None:
+def test_a_merge_that_drops_a_golden_may_say_why(repository: Repository) -> None:
+    repository.git.checkout("-qb", "branch")
+    repository.commit("work")
+    repository.git.checkout("-q", "main")
     repository.accept(1)
+    repository.git.checkout("-q", "branch")
+    repository.git.merge("-q", "-s", "ours", "main", "-m", "merge")
+    assert list(History.around(repository.root).steps("main")) == []
+    repository.git.commit("--amend", "-qm", "merge\n\nGolden-Removed: nobody asks this")
+    assert repository.steps("main") == [("deleted", 2)]
+
+
+def test_a_suite_that_moved_while_its_golden_changed(repository: Repository) -> None:
+    (repository.root / "golden" / "s").mkdir(parents=True)
+    (repository.root / "golden" / "s" / "suite.toml").write_text("x\n" * 50)
+    repository.accept(1)
+    repository.git.checkout("-qb", "branch")
+    repository.git.mv("golden/s", "golden/t")
+    repository.commit("move")
+    repository.git.checkout("-q", "main")
+    repository.accept(2)
+    newer = {part: (repository.root / f"golden/s/bf16.golden.{part}").read_bytes() for part in ("jsonl", "safetensors")}
+    repository.git.checkout("-q", "branch")
+    repository.git.merge("-q", "--no-commit", "-s", "ours", "main")
+    for part, data in newer.items():
+        (repository.root / f"golden/t/bf16.golden.{part}").write_bytes(data)
+    repository.commit("merge")
+    assert repository.steps("main") == [("deleted", 1), ("new", 1), ("changed", 2)]
+
+
+def test_what_head_has_and_the_base_had(repository: Repository) -> None:
+    repository.accept(1)
+    repository.git.checkout("-qb", "branch")
     history = History.around(repository.root)
-    assert list(history.steps("HEAD~1", "other")) == []
-    assert len(list(history.steps("HEAD~1", "."))) == 1
+    assert history.differing("main") == set()
+    repository.accept(2)
+    assert history.differing("main") == {PATH}
+    assert history.versions("main", [PATH, "other"]) != history.versions("HEAD", [PATH])
+    assert list(history.versions("main", [PATH, "other"])) == [PATH]
     assert list(history.files("HEAD", ".")) == [PATH, PATH.replace("jsonl", "safetensors")]
 
 
@@ -226,6 +264,19 @@ def test_no_repository_and_an_empty_one(tmp_path: Path, monkeypatch: pytest.Monk
     git.Repo.init(tmp_path)
     with pytest.raises(ConfigError, match="nothing was committed here yet"):
         History.around(tmp_path)
+
+
+def test_a_checkout_that_somebody_else_owns(repository: Repository, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GIT_TEST_ASSUME_DIFFERENT_OWNER", "1")  # git's own switch, since no test may change owners
+    monkeypatch.setenv("GIT_CONFIG_NOSYSTEM", "1")
+    settings = repository.root.parent / "gitconfig"
+    monkeypatch.setenv("GIT_CONFIG_GLOBAL", str(settings))
+    (repository.root / "golden").mkdir()
+    with pytest.raises(ConfigError, match="somebody else owns") as caught:
+        History.around(repository.root / "golden")
+    assert caught.value.fix == f"git config --global --add safe.directory {repository.root}"
+    subprocess.run(caught.value.fix.split(), check=True)
+    assert History.around(repository.root / "golden").within(repository.root) == "."
 
 
 def test_a_path_outside(repository: Repository, tmp_path: Path) -> None:

@@ -179,7 +179,7 @@ def test_every_state_of_a_suite_has_a_page() -> None:
     assert "2 prompts could not be compared." in broken.body and "How far it moved" not in broken.body
     shard = page({**report(WHOLE), "suites": [{**report(WHOLE)["suites"][0], "shard": "2/3", "size": 9}]})
     assert "3 of 9 prompts" in shard.body and "shard 2/3" in shard.body and "merge --report" in shard.body
-    recording = Recording("s", "golden/s", "bf16", "bf16.pending.jsonl", 3, 2, None, {"max_deficit": 0.25}, 1.0)
+    recording = Recording("s", "golden/s", "bf16", "bf16.pending.jsonl", 3, 2, 1, 8, None, {"max_deficit": 0.25}, 1.0)
     recorded = page(document.of_session([], [document.of_recording(recording)]))
     assert (
         "candidates recorded" in recorded.body

@@ -275,7 +275,9 @@ def test_prompts_that_were_set_aside_keep_their_verdict() -> None:
 def test_metrics_by_hand() -> None:
     rows = [scores("a", FLIPPED, [0, 0.125, 0, 0]), scores("b", [1, 2, 3, 9], [0, 0, 0, 0.5]),
             scores("c", SAME, logprob=[-0.5, -0.5, -0.5, -1.25])]  # fmt: skip
-    result = judging.judge_all(blank(), ABC, GOLDEN, gathered(rows), spell, False)
+    result = judging.judge_all(
+        replace(blank(), again="golden/s --repro-batch-size 2"), ABC, GOLDEN, gathered(rows), spell, False
+    )
     assert verdicts(result) == ["near_tie", "drift", "identical"]
     assert dict(result.metrics) == {
         "divergent": 2, "unexplained": 1, "waived": 0, "div_percent": pytest.approx(200 / 3), "mean_div_index": 2.0,
@@ -284,7 +286,10 @@ def test_metrics_by_hand() -> None:
     }  # fmt: skip
     assert [f.rule for f in result.failures] == ["unexplained 1 > max_unexplained 0", "divergent 2 > max_divergent 0"]
     commands = [command for command, _ in result.next_steps]
-    assert commands == ["pytest --repro-check golden/s --repro-numerics fp32", "pytest --repro-update golden/s"]
+    assert commands == [
+        "pytest --repro-check golden/s --repro-batch-size 2 --repro-numerics fp32",
+        "pytest --repro-update golden/s --repro-batch-size 2 --repro-numerics bf16",
+    ]
 
 
 def test_outputs_that_part_where_the_environment_can_be_put_back_name_bisect() -> None:
@@ -404,7 +409,7 @@ def test_accuracy_tells_what_was_lost_and_what_could_be_seen() -> None:
     _, message = accuracy_of(scored(10, 5, 0))
     assert "50.0 % -> 25.0 %" in message and "5 lost, 0 gained, p = 0.031" in message
     assert "20 prompts can show a drop of 25.0 points" in message
-    assert "can show no drop" in accuracy_of(scored(4, 0, 0))[1]
+    assert "are too few to show a drop" in accuracy_of(scored(4, 0, 0))[1]
     metrics = checks.summed_up(scored(10, 5, 0)).metrics
     assert (metrics["accuracy_golden"], metrics["accuracy_now"], metrics["accuracy_p_value"]) == (50.0, 25.0, 1 / 32)
 
@@ -454,10 +459,10 @@ def test_scores_of_a_suite() -> None:
 
 def test_a_changed_model_names_the_way_to_compare_it_all_the_same() -> None:
     changed = (Change("model.weights", "identity", "a", "b"),)
-    result = suite_result(PromptResult("a", Verdict.INCOMPARABLE, "x"), environment_diff=changed)
+    result = suite_result(PromptResult("a", Verdict.INCOMPARABLE, "x"), environment_diff=changed, again="golden/s")
     found = checks.summed_up(result)
     assert found.checks[0].status == "fail" and "answers another question: model.weights" in found.checks[0].message
-    assert found.next_steps[0][0] == "pytest --repro-check golden/s --repro-allow-changed model"
+    assert found.next_steps[0][0] == "pytest --repro-check golden/s --repro-numerics bf16 --repro-allow-changed model"
 
 
 def test_level_and_ratio_are_those_of_the_golden() -> None:

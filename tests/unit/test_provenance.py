@@ -10,7 +10,7 @@ import pytest
 from pytest_repro import golden as wire
 from pytest_repro.generation import digest
 from pytest_repro.golden import Agreed, Golden, Review, encode
-from pytest_repro.provenance import Step, Version, limits, loosened_since, of_steps
+from pytest_repro.provenance import Finding, Step, Version, limits, loosened_since, of_branch, with_origins
 from pytest_repro.suite import Thresholds
 from tests.unit.builders import REVIEW, generation, golden, output
 
@@ -37,8 +37,16 @@ def step(before: Version | None, after: Version | None, *more: Version | None, *
     return replace(Step("abc", PATH, (before, *more), after), **changes)
 
 
+def findings(*steps: Step) -> list[Finding]:
+    """Of a branch whose base has what the first step of each path changes, and HEAD what the last one leaves."""
+    base = {s.path: s.before[0] for s in reversed(steps) if s.before}
+    head = {s.path: s.after for s in steps}
+    there = ({path: v for path, v in of.items() if v is not None} for of in (base, head))
+    return list(of_branch(steps, *there, name="main", commit="abc"))
+
+
 def kinds(*steps: Step) -> list[str]:
-    return [finding.kind for finding in of_steps(steps)]
+    return [finding.kind for finding in findings(*steps)]
 
 
 def test_a_history_that_holds() -> None:
@@ -72,10 +80,10 @@ def test_a_history_that_does_not(steps: list[Step], wanted: list[str]) -> None:
 
 
 def test_a_finding_names_file_commit_and_what_mends_it() -> None:
-    (found,) = of_steps([step(FIRST, THIRD)])
+    (found,) = findings(step(FIRST, THIRD))
     assert found.where == PATH and "commit abc" in found.what
     assert str(digest_of(SECOND))[:19] in found.what and str(digest_of(FIRST))[:19] in found.what
-    assert "git checkout abc^ -- golden/s/bf16.golden.*" in found.fix and "pytest-repro review golden/s" in found.fix
+    assert "git checkout abc^ -- 'golden/s/bf16.golden.*'" in found.fix and "pytest-repro review golden/s" in found.fix
 
 
 def test_a_command_that_mends_holds_no_command_of_a_folders_name() -> None:
@@ -85,8 +93,9 @@ def test_a_command_that_mends_holds_no_command_of_a_folders_name() -> None:
         step(FIRST, None, path=hostile),
         step(FIRST, Version(b"", None), path=hostile),
     ):
-        (found,) = of_steps([bad])
-        parts = [hostile.removesuffix(".jsonl"), hostile.replace("golden.jsonl", "pending"), "golden/$(touch x); y"]
+        (found,) = findings(bad)
+        stem = hostile.removesuffix(".jsonl")
+        parts = [stem, f"{stem}.*", hostile.replace("golden.jsonl", "pending"), "golden/$(touch x); y"]
         rest = found.fix
         for part in parts:
             rest = rest.replace(shlex.quote(part), "")
@@ -104,6 +113,77 @@ def test_a_golden_that_moved_is_neither_deleted_nor_new() -> None:
     assert kinds(away, here) == [] and kinds(here, away) == []
     assert kinds(away, replace(here, commit="later")) == ["deleted", "chain"]
     assert kinds(away, replace(here, before=(FIRST,))) == ["deleted"], "it moved over another one"
+    assert kinds(replace(away, suite=True), here) == ["deleted", "chain"], "its suite stayed"
+
+
+def test_a_merge_that_brings_a_newer_golden_to_where_its_suite_moved() -> None:
+    old, new = PATH, "golden/new/bf16.golden.jsonl"
+    move = [step(FIRST, None), step(None, FIRST, path=new)]
+    merge = step(FIRST, SECOND, None, path=new, commit="merge")
+
+    def told(*steps: Step) -> list[tuple[str, str]]:
+        head = {s.path: s.after for s in steps if s.after}
+        return [(f.kind, f.where) for f in of_branch(steps, {old: SECOND}, head, "main", "abc")]
+
+    assert told(*move, merge) == [] and told(*move, merge, step(SECOND, THIRD, path=new)) == []
+    assert told(*move) == [("deleted", old)], "the merge kept the older one"
+    assert told(replace(move[0], suite=True, reason="x"), move[1], merge) == [("deleted", old)], "its suite stayed"
+
+
+def test_to_put_back_what_lay_there_is_no_change() -> None:
+    gone, back = step(SECOND, None), step(None, SECOND, commit="other")
+    assert kinds(gone, back) == [] and kinds(gone, back, step(SECOND, THIRD)) == []
+    assert kinds(back, gone) == [], "nothing was there before, and nothing is there now"
+    assert kinds(gone, step(None, THIRD, commit="other")) == ["deleted", "chain"]
+    undone = step(SECOND, FIRST)
+    assert kinds(undone) == ["chain"] and list(of_branch([undone], {PATH: FIRST}, {PATH: FIRST}, "main", "abc")) == []
+
+
+@pytest.mark.parametrize("bad", [THIRD, None, Version(b"nonsense", None), version(2, FIRST, review=None)])
+def test_what_was_put_right_by_a_later_commit_holds(bad: Version | None) -> None:
+    wrong, right = step(FIRST, bad), step(bad, FIRST, commit="other")
+    assert kinds(wrong) != [] and kinds(wrong, right) == [] and kinds(wrong, right, step(FIRST, SECOND)) == []
+    assert kinds(wrong, right, wrong) == kinds(wrong)
+
+
+LED = {
+    "same": (SECOND, SECOND, [], []),
+    "older": (SECOND, FIRST, [], ["chain"]),
+    "gone": (SECOND, None, [], ["deleted"]),
+    "from-nowhere": (None, FIRST, [], ["chain"]),
+    "accepted": (SECOND, THIRD, [step(SECOND, THIRD)], []),
+    "accepted-beside-another": (FIRST, THIRD, [step(SECOND, THIRD)], ["chain"]),
+    "merged": (SECOND, THIRD, [step(FIRST, THIRD, SECOND)], []),
+    "deleted": (SECOND, None, [step(SECOND, None, reason="old")], []),
+    "deleted-in-silence": (SECOND, None, [step(SECOND, None)], ["deleted"]),
+    "anew": (SECOND, FIRST, [step(SECOND, None, reason="old"), step(None, FIRST)], []),
+    "elsewhere": (SECOND, THIRD, [step(SECOND, THIRD, path="elsewhere")], ["chain"]),
+    "back-to-an-older-one": (SECOND, FIRST, [step(FIRST, version(7, FIRST)), step(SECOND, FIRST)], ["chain"]),
+    "back-to-none": (SECOND, None, [step(None, FIRST), step(SECOND, None)], ["deleted"]),
+    "undone-on-another-side": (FIRST, THIRD, [step(FIRST, THIRD), step(SECOND, FIRST)], ["chain"]),
+}
+
+
+@pytest.mark.parametrize("name", LED)
+def test_sound_steps_lead_from_what_the_base_has_to_what_head_has(name: str) -> None:
+    then, now, steps, wanted = LED[name]
+    found = list(of_branch(steps, {PATH: then} if then else {}, {PATH: now} if now else {}, "main", "abc"))
+    assert [f.kind for f in found] == wanted
+    assert all("-- 'golden/s/bf16.golden.*'; git commit" in f.fix for f in found)
+
+
+def test_a_golden_is_followed_to_where_it_moved_from() -> None:
+    a, b, c = ("golden/a/x.golden.jsonl", "golden/b/x.golden.jsonl", "golden/c/x.golden.jsonl")
+    steps = [
+        step(FIRST, SECOND, path=a, commit="1"),
+        step(SECOND, None, path=a, commit="2"),
+        step(None, SECOND, path=b, commit="2"),
+        step(None, SECOND, path=c, commit="3"),
+        step(SECOND, None, path=b, commit="3"),
+        step(SECOND, THIRD, path=c, commit="4"),
+    ]
+    assert with_origins({c}, steps) == {a, b, c} and with_origins({b}, steps) == {a, b}
+    assert with_origins({a}, steps) == {a} and with_origins(set(), steps) == set()
 
 
 def test_what_replaces_a_broken_golden_replaces_nothing() -> None:

@@ -70,6 +70,9 @@ BAD = {
     "no-json": ('{"prompt": "a"}\nhello\n', ".jsonl", "my.jsonl:2", "not valid JSON"),
     "a-string": ('{"prompt": "a"}\n"hello"\n', ".jsonl", "my.jsonl:2", "not a JSON object"),
     "no-question": ('{"text": "a"}', ".jsonl", "my.jsonl:1", 'no "prompt", "messages" or "question"'),
+    "key-twice": ('{"prompt": "a", "answer": 1, "answer": 2}', ".jsonl", "my.jsonl:1", "the key 'answer' stands twice"),
+    "nan": ('{"prompt": "a", "answer": NaN}', ".jsonl", "my.jsonl:1 [answer]", "the answer is nan"),
+    "infinite": ('{"prompt": "a", "answer": 1e999}', ".jsonl", "my.jsonl:1 [answer]", "the answer is inf"),
     "two-questions": ('{"prompt": "a", "question": "b"}', ".jsonl", "my.jsonl:1", "both 'prompt' and 'question'"),
     "empty-prompt": ('{"prompt": ""}', ".jsonl", "my.jsonl:1 [prompt]", "is not allowed here"),
     "prompt-a-number": ('{"prompt": 3}', ".jsonl", "my.jsonl:1 [prompt]", "is not allowed here"),
@@ -184,5 +187,22 @@ def test_the_workflow_checks_this_suite() -> None:
 def test_a_path_that_a_workflow_would_run_is_refused(folder: str) -> None:
     with pytest.raises(ConfigError, match="signs that a workflow gives a meaning to"):
         workflow(folder, ("fp32",), "./x", "openai")
-    with pytest.raises(ConfigError, match="signs that a workflow gives a meaning to"):
-        workflow("golden", ("fp32",), folder, "openai")
+
+
+@pytest.mark.parametrize(
+    "action",
+    ["./.github/actions/repro-check", "$/.github/actions/repro-check", "owner/repo@v1", "o/r/path/to.it@" + "a" * 40, "o/r@releases/v1"],
+)  # fmt: skip
+def test_an_action_as_github_reads_it(action: str) -> None:
+    assert f"      - uses: {action}\n" in workflow("golden", ("fp32",), action, "openai")
+
+
+@pytest.mark.parametrize(
+    "action",
+    ["", "check", "owner/repo", "owner@v1", "owner/repo@", "/abs/path", "../x", "./../x", "./", "$", "./a//b", "./x #", "a/b@c d",
+     "o/../r@v1", "docker://alpine:3", "golden/${{ x }}", "./${{ x }}", "a;b", "a\nb", "./a\n", "./a: b"],
+)  # fmt: skip
+def test_what_is_no_action(action: str) -> None:
+    with pytest.raises(ConfigError, match="names no action") as told:
+        workflow("golden", ("fp32",), action, "openai")
+    assert "OWNER/REPO/PATH@COMMIT" in told.value.fix

@@ -164,7 +164,8 @@ def test_find_tells_whether_a_candidate_waits(tmp_path: Path) -> None:
     put(tmp_path, "fp32", PENDING)
     with pytest.raises(GoldenMissing) as caught:
         find(tmp_path, "fp32", "")
-    assert caught.value.fix.startswith("a candidate waits: pytest-repro review")
+    assert caught.value.fix.startswith("pytest-repro review ")
+    assert caught.value.fix.endswith("   # a candidate waits")
 
 
 # --- pending, accept, reject ----------------------------------------------------------------------------------------

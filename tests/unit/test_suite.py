@@ -14,6 +14,7 @@ from pytest_repro.suite import (
     Suite,
     Thresholds,
     apply,
+    defaults_around,
     from_table,
     load,
     load_prompts,
@@ -402,6 +403,20 @@ def test_bad_thresholds(text: str, message: str) -> None:
 )
 def test_batches(prompts: int, size: int, wanted: list[tuple[int, ...]]) -> None:
     assert list(suite(*map(str, range(prompts)), batch_size=size).batches()) == wanted
+
+
+def test_the_nearest_pyproject_with_a_table_counts(tmp_path: Path) -> None:
+    (tmp_path / "pyproject.toml").write_text("[tool.pytest-repro.thresholds]\nalpha = 0.5\n")
+    inner = tmp_path / "golden"
+    inner.mkdir()
+    for none in ("", "tool = 3", "[tool.other]"):
+        (inner / "pyproject.toml").write_text(none)
+        assert defaults_around(inner) == (tmp_path / "pyproject.toml", {"thresholds": {"alpha": 0.5}})
+    for bad in ("[tool.pytest-repro.thresholds]\nalpha = 2", "[tool]\npytest-repro = 3", "["):
+        (inner / "pyproject.toml").write_text(bad)
+        with pytest.raises(ConfigError) as caught:
+            defaults_around(inner)
+        assert caught.value.where.startswith(str(inner / "pyproject.toml"))
 
 
 # --- shards ---------------------------------------------------------------------------------------------------------

@@ -115,7 +115,7 @@ def test_a_failing_check_is_loud_and_a_passing_one_silent() -> None:
 
 def test_the_command_to_run_next_stands_last() -> None:
     result = suite_result(parted("p", Verdict.DRIFT, 1.0), next_steps=(("cmd one", "if a"), ("cmd two", "")))
-    assert [line.split(maxsplit=1) for line in shown(result)[-2:]] == [["next", "cmd one   if a"], ["cmd", "two"]]
+    assert [line.split(maxsplit=1) for line in shown(result)[-2:]] == [["next", "cmd one   # if a"], ["cmd", "two"]]
 
 
 # --- untrusted text -------------------------------------------------------------------------------------------------
@@ -175,7 +175,7 @@ def test_a_long_value_is_cut() -> None:
 def test_a_recording() -> None:
     noise = {"mean_abs_dlogp": 0.5, "max_deficit": 0.25}
     record = {"prompts": 3, "golden": "bf16.pending.jsonl", "changed": None, "accuracy": None, "seconds": 2.0,
-              "noise": noise, "path": "golden/s", "shard": None}  # fmt: skip
+              "noise": noise, "path": "golden/s", "shard": None, "cut": 0, "max_new_tokens": 8}  # fmt: skip
     lines = [text for text, _ in terminal.recording(record)]
     assert "3 prompts as bf16.pending.jsonl: nothing to compare with, 2 s" in lines[0]
     assert "mean |Δlogp| 0.5" in lines[1] and lines[-1].endswith("pytest-repro review golden/s")
@@ -185,8 +185,11 @@ def test_a_recording() -> None:
 
 def test_a_part_that_was_recorded_waits_for_the_others() -> None:
     record = {"prompts": 3, "golden": "bf16.1of4.pending.jsonl", "changed": None, "accuracy": None, "seconds": 2.0,
-              "noise": {"mean_abs_dlogp": 0.5, "max_deficit": 0.25}, "path": "golden/s", "shard": "1/4"}  # fmt: skip
-    last = [text for text, _ in terminal.recording(record)][-1]
+              "noise": {"mean_abs_dlogp": 0.5, "max_deficit": 0.25}, "path": "golden/s", "shard": "1/4",
+              "cut": 2, "max_new_tokens": 8}  # fmt: skip
+    lines = [text for text, _ in terminal.recording(record)]
+    last = lines[-1]
+    assert "2 of 3 answers were cut at max_new_tokens = 8" in lines[1]
     assert "pytest-repro merge golden/s" in last and "review" not in last
 
 
