@@ -248,7 +248,7 @@ def expect_golden(suite: Suite, mode: str, options: Options) -> None:
         return
     for name in (claimed,) if options.golden else store.candidates_for(claimed, ""):
         fitting = [place for place in store.places(suite.folder) if name in (place.stem, place.stem.partition("@")[0])]
-        if len(fitting) == 1:  # with several, the device decides
+        if [place.stem for place in fitting] == [name]:  # one for a device may not be the one that fits here
             fitting[0].read()
         if fitting:
             return

@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 from selenium import webdriver
 from selenium.common.exceptions import JavascriptException
-from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.wait import WebDriverWait
-from selenium_axe_python import Axe
 
 from pytest_repro.report import html
 from pytest_repro.text import inert
@@ -22,99 +17,8 @@ from pytest_repro.verdict import Verdict
 from tests.unit.builders import suite_result
 from tests.unit.reports import HOSTILE, large, parted, poisoned, report, same, suite_of, trace
 
+from .browser import HEIGHT, SIGHTS, Browser
 from .project import DRIFT, Project
-
-CHROMIUM, DRIVER = Path("/usr/bin/chromium"), Path("/usr/bin/chromedriver")
-FLAGS = (
-    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
-    "--disable-component-update", "--disable-sync",
-)  # fmt: skip
-HEIGHT = 800
-SIGHTS = [(width, scheme) for width in (1280, 400) for scheme in ("light", "dark")]
-
-
-class Browser:
-    """Chromium with one page, and what it logged since the page was opened."""
-
-    def __init__(self, driver: webdriver.Chrome, folder: Path) -> None:
-        self.driver, self.folder = driver, folder
-        self.url = ""
-
-    def open(self, found: dict[str, Any], *, width: int = 1280, scheme: str = "light", scripts: bool = True) -> Browser:
-        """Render a report and open it."""
-        file = self.folder / "report.html"
-        file.write_text(html.render(found), "utf-8")
-        return self.open_file(file, width=width, scheme=scheme, scripts=scripts)
-
-    def open_file(self, file: Path, *, width: int = 1280, scheme: str = "light", scripts: bool = True) -> Browser:
-        """Open a page of that width, in light or dark."""
-        metrics = {"width": width, "height": HEIGHT, "deviceScaleFactor": 1, "mobile": False}
-        media = {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
-        self.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
-        self.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", media)
-        self.driver.execute_cdp_cmd("Emulation.setScriptExecutionDisabled", {"value": not scripts})
-        self.driver.get("about:blank")
-        for log in ("browser", "performance"):
-            self.driver.get_log(log)
-        self.url = file.as_uri()
-        self.driver.get(self.url)
-        return self
-
-    def js(self, script: str, *arguments: Any) -> Any:
-        """The value of a script that runs in the page."""
-        return self.driver.execute_script(script, *arguments)
-
-    def all(self, selector: str) -> list[Any]:
-        """Elements."""
-        return self.driver.find_elements(By.CSS_SELECTOR, selector)
-
-    def one(self, selector: str) -> Any:
-        """The first element."""
-        return self.driver.find_element(By.CSS_SELECTOR, selector)
-
-    def press(self, *keys: str) -> None:
-        """Keys, to what has the focus."""
-        self.driver.switch_to.active_element.send_keys(*keys)
-
-    def drawn(self, selector: str) -> None:
-        """Wait until so much is there."""
-        WebDriverWait(self.driver, 60).until(lambda _: self.all(selector))
-
-    def open_all(self) -> None:
-        """Open every <details>, also those that appear on opening."""
-        while self.js(
-            "const shut = [...document.querySelectorAll('details:not([open])')]; shut.forEach(d => d.open = true); return shut.length"
-        ):
-            self.js("return new Promise(done => setTimeout(done, 50))")
-
-    def quiet(self) -> None:
-        """Nothing on the console, and no request but the page's own."""
-        assert self.driver.get_log("browser") == []
-        messages = [json.loads(entry["message"])["message"] for entry in self.driver.get_log("performance")]
-        asked = [m["params"]["request"]["url"] for m in messages if m["method"] == "Network.requestWillBeSent"]
-        assert asked == [self.url]
-
-
-@pytest.fixture(scope="module")
-def _chromium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[webdriver.Chrome]:
-    absent = [str(path) for path in (CHROMIUM, DRIVER) if not path.exists()]
-    if absent:
-        pytest.fail(f"{' and '.join(absent)} not there. mend: .ci/install_browser", pytrace=False)
-    options = webdriver.ChromeOptions()
-    options.binary_location = str(CHROMIUM)
-    for flag in (*FLAGS, f"--user-data-dir={tmp_path_factory.mktemp('chromium')}"):
-        options.add_argument(flag)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-    driver = webdriver.Chrome(options=options, service=Service(str(DRIVER)))
-    driver.set_script_timeout(300)  # axe looks at every element's colours
-    yield driver
-    driver.quit()
-
-
-@pytest.fixture
-def browser(_chromium: webdriver.Chrome, tmp_path: Path) -> Browser:
-    return Browser(_chromium, tmp_path)
-
 
 ARBITER = {"finding": "golden", "golden_distance": 2.0, "candidate_distance": 0.5, "p_value": 0.01}
 DRIFTING = suite_of(
@@ -135,14 +39,13 @@ WHOLE = report(DRIFTING, suite_result(same("a", trace=trace(8)), path="golden/go
 @pytest.mark.parametrize(("width", "scheme"), SIGHTS)
 def test_the_first_divergence_is_on_the_first_screen(browser: Browser, width: int, scheme: str) -> None:
     browser.open(WHOLE, width=width, scheme=scheme)
-    golden, now = browser.all(".moved mark")
-    for mark in (golden, now):
-        box = mark.rect
-        assert mark.is_displayed() and box["x"] > 0 and box["x"] + box["width"] <= width
-        assert box["y"] > 0 and box["y"] + box["height"] <= HEIGHT, "without scrolling"
-    assert golden.rect["y"] < now.rect["y"]
+    browser.first_divergence_is_seen(width)
     rules = browser.one(".rules")
-    assert rules.is_displayed() and rules.rect["y"] < golden.rect["y"] and "max_unexplained 0" in rules.text
+    assert (
+        rules.is_displayed()
+        and rules.rect["y"] < browser.one(".moved mark").rect["y"]
+        and "max_unexplained 0" in rules.text
+    )
     ground = browser.js("return getComputedStyle(document.body).backgroundColor")
     assert (ground == "rgb(255, 255, 255)") == (scheme == "light")
     browser.quiet()
@@ -158,12 +61,7 @@ def test_everybody_can_use_it(browser: Browser, width: int, scheme: str) -> None
         browser.open_all()
     assert len(browser.all(".course > .plotted svg")) == 5
     browser.quiet()
-    axe = Axe(browser.driver)
-    axe.inject()
-    assert browser.js("return axe.version").startswith("4.")
-    found = axe.run()
-    assert len(found["passes"]) > 20
-    assert [(v["impact"], v["id"], v["nodes"][0]["html"]) for v in found["violations"]] == []
+    browser.accessible()
 
 
 def test_a_margin_plot_shows_the_envelope_and_the_divergence(browser: Browser) -> None:
@@ -340,8 +238,8 @@ def alone() -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def harmless(_chromium: webdriver.Chrome, tmp_path_factory: pytest.TempPathFactory) -> dict[str, int]:
-    browser = Browser(_chromium, tmp_path_factory.mktemp("harmless")).open(poisoned(alone(), "harmless words"))
+def harmless(chromium: webdriver.Chrome, tmp_path_factory: pytest.TempPathFactory) -> dict[str, int]:
+    browser = Browser(chromium, tmp_path_factory.mktemp("harmless")).open(poisoned(alone(), "harmless words"))
     browser.open_all()
     return elements(browser)
 

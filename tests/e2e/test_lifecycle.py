@@ -329,6 +329,13 @@ def test_an_edit_by_hand_fails_and_is_called_one(accepted: Project) -> None:
     assert accepted.golden_files() == edited
 
 
+def test_a_broken_golden_of_another_device_stops_nothing(accepted: Project) -> None:
+    """It is not the one that is used: FP32 falls back on the 16-bit golden that fits here."""
+    accepted.write("golden/demo/fp32@cuda-sm90.golden.jsonl", "broken")
+    result = accepted.check("--repro-numerics", "fp32")
+    assert result.rc == 0 and "against bf16.golden" in result.out
+
+
 def test_a_review_of_another_golden_is_not_this_ones(accepted: Project, tmp_path: Path) -> None:
     other = accepted.copied_to(tmp_path / "other")
     other.flip("a", DRIFT).update()

@@ -19,6 +19,8 @@ from safetensors.torch import load_file, save_file
 
 from pytest_repro import models, suite
 
+from .browser import SIGHTS, Browser
+
 ROOT = Path(__file__).parents[2]
 SUITE = ROOT / "golden" / "word-problems"
 SCHEMA = json.loads((ROOT / "pytest_repro" / "schemas" / "report.schema.json").read_text())
@@ -37,6 +39,7 @@ class Run:
     """One pytest process on the shipped suite, with its report."""
 
     def __init__(self, folder: Path, *arguments: str, root: Path = ROOT, **environment: str) -> None:
+        self.folder = folder
         report = folder / "report.json"
         report.unlink(missing_ok=True)
         clean = {k: v for k, v in os.environ.items() if k != "CI"}
@@ -79,18 +82,37 @@ def times(factor: float, model: models.ModelFiles, folder: Path) -> Path:
     return folder
 
 
-def test_bf16_at_another_batch_size_flips_near_ties_and_nothing_else(model: models.ModelFiles, tmp_path: Path) -> None:
-    run = Run(
-        tmp_path, "--repro-check", "golden/word-problems", "--repro-numerics", "bf16", "--repro-batch-size", "1",
-        "--repro-method", "decode", "--repro-threshold", "max_divergent=0", *FEW,
+@pytest.fixture(scope="module")
+def moved(model: models.ModelFiles, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """bf16 at batch size 1 against the golden recorded at batch size 8, reported as HTML too."""
+    folder = tmp_path_factory.mktemp("moved")
+    return Run(
+        folder, "--repro-check", "golden/word-problems", "--repro-numerics", "bf16", "--repro-batch-size", "1",
+        "--repro-method", "decode", "--repro-threshold", "max_divergent=0",
+        f"--repro-report-html={folder / 'report.html'}", *FEW,
     )  # fmt: skip
+
+
+def test_bf16_at_another_batch_size_flips_near_ties_and_nothing_else(moved: Run) -> None:
+    run = moved
     near = [p for p in run.suite["prompts"] if p["verdict"] == "near_tie"]
     assert run.rc == 1
     assert len(near) >= 2
     assert "drift" not in run.verdicts
     assert run.suspects[0] == "batch_size"
     assert all(p["deficit"] is not None and p["golden_gap"] is not None and p["divergence_index"] >= 0 for p in near)
-    assert "--repro-numerics fp32   FP32 (or LayerCast) removes what is only rounding" in run.output
+    assert "--repro-batch-size 1 --repro-numerics fp32   # FP32 (or LayerCast) removes" in run.output
+
+
+@pytest.mark.parametrize(("width", "scheme"), SIGHTS)
+def test_its_report_reads_well(moved: Run, browser: Browser, width: int, scheme: str) -> None:
+    file = moved.folder / "report.html"
+    assert file.stat().st_size < 2_000_000
+    browser.open_file(file, width=width, scheme=scheme)
+    browser.first_divergence_is_seen(width)
+    browser.open_all()
+    browser.quiet()
+    browser.accessible()
 
 
 @pytest.mark.parametrize(

@@ -102,7 +102,7 @@ def test_a_hub_snapshot_in_the_cache_is_used_offline_and_not_hashed(
 def test_a_hub_model_that_cannot_be_had_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(ModelError, match="neither cached nor can it be fetched"):
+    with pytest.raises(ModelError, match="as a hub model neither cached nor to be fetched"):
         models.resolve("org/not-there@main", tmp_path)
 
 
