@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from shlex import quote
+from shlex import join, split
 
 import numpy as np
 
@@ -174,19 +174,20 @@ def _next_steps(result: SuiteResult) -> tuple[tuple[str, str], ...]:
 
 
 def _bisect(result: SuiteResult) -> str:
-    """The command that undoes what differs, with the settings that differ; empty where there is nothing for it to undo."""
+    """The command that undoes what differs, run as this check was; empty where there is nothing for it to undo."""
     changes = result.environment_diff
     parted = any(p.divergence_index is not None for p in result.prompts)
-    elsewhere = result.environment.get("engine") != result.settings.get("engine")  # a test's own callable
-    if not parted or elsewhere or any(c.cls == "identity" for c in changes) or not knobs.can_be_undone(changes):
+    of_a_test = "::" in result.again
+    if not parted or of_a_test or any(c.cls == "identity" for c in changes) or not knobs.can_be_undone(changes):
         return ""
-    now = {change.field: change.now for change in changes}
-    given = {
-        "--numerics": result.numerics,
-        "--golden": result.settings.get("golden"),
-        "--engine": now.get("engine"),
-        "--batch-size": now.get("batch_size"),
-    }
-    named = [f"{option} {quote(str(value))}" for option, value in given.items() if value is not None]
-    engine = [f"--engine-option {quote(option)}" for option in knobs.engine_options(changes, result.environment)]
-    return " ".join(["pytest-repro bisect", quote(result.path), *named, *engine])
+    where, *given = split(result.again)
+    own, others = [], []
+    while given:
+        word, *given = given
+        if word in knobs.OPTIONS:
+            value, *given = given
+            own += [knobs.OPTIONS[word], value]
+        else:
+            others.append(word)
+    command = ["pytest-repro", "bisect", where, "--numerics", result.numerics, *own]
+    return join([*command, "--", *others] if others else command)

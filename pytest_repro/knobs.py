@@ -16,6 +16,15 @@ from fnmatch import fnmatchcase
 
 from .fingerprint import Change, Fingerprint, Value, diff
 
+OPTIONS = {
+    "--repro-numerics": "--numerics",
+    "--repro-engine": "--engine",
+    "--repro-engine-option": "--engine-option",
+    "--repro-batch-size": "--batch-size",
+    "--repro-golden": "--golden",
+}
+"""Options of a check -> those of `pytest-repro bisect` that stand for them."""
+
 _WORD = re.compile(r"[A-Za-z0-9_]{1,64}")
 _COUNT = re.compile(r"[1-9][0-9]{0,6}")
 _SWITCH = re.compile(r"true|false")
@@ -194,13 +203,6 @@ def can_be_undone(changes: Iterable[Change]) -> bool:
     """Whether a knob is there for any of these differences."""
     known = {name for knob in KNOBS for name in (knob.fields[0], *knob.concerns[len(knob.fields) :])}
     return any(change.cls == "numerics" and change.field in known for change in changes)
-
-
-def engine_options(changes: Sequence[Change], now: Fingerprint) -> list[str]:
-    """`NAME=VALUE` of the engine's options that differ, as they are now; none where the engine itself differs."""
-    engine, differing = str(now.get("engine")), {change.field for change in changes}
-    rows = [k for k in KNOBS if engine in k.engine_options and k.fields[0] in differing and "engine" not in differing]
-    return [f"{knob.engine_options[engine]}={value}" for knob in rows if (value := _given(knob, now)) is not None]
 
 
 def _setting(knob: Knob, changes: Sequence[Change], golden: Fingerprint, now: Fingerprint) -> Setting | None:

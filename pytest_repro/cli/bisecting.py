@@ -30,8 +30,6 @@ T = TypeVar("T")
 INTERRUPTED = 130
 MOST_FIELDS = 6
 """Fields that are told of one trial."""
-_OWN = {"--repro-numerics": "--numerics", "--repro-engine": "--engine", "--repro-engine-option": "--engine-option",
-        "--repro-batch-size": "--batch-size", "--repro-golden": "--golden"}  # fmt: skip
 _NOT_TAKEN = ("--repro-check", "--repro-update", "--repro-method", "--repro-arbiter", "--repro-shard", "--repro-report-json",
               "--repro-report-html", "--repro-pending-dir")  # fmt: skip
 
@@ -97,8 +95,10 @@ def _handed_on(arguments: Sequence[str]) -> Names:
     """What follows `--`, without what bisect itself says to pytest."""
     for argument in arguments:
         name = argument.partition("=")[0]
-        if name in _OWN:
-            raise ConfigError(f"{name} has an option of its own", where="--", fix=f"{_OWN[name]}, before the --")
+        if name in knobs.OPTIONS:
+            raise ConfigError(
+                f"{name} has an option of its own", where="--", fix=f"{knobs.OPTIONS[name]}, before the --"
+            )
         if name in _NOT_TAKEN:
             raise ConfigError(f"{name} is what bisect itself decides on", where="--", fix="leave it out")
     return tuple(arguments)
@@ -316,7 +316,7 @@ def _in_report(report: Path, suite: Suite, check: Check) -> SuiteResult:
             raise ConfigError(
                 f"the check in this report was run with {name} {result.settings[name]}, and this is not",
                 where=report,
-                fix=f"{_OWN[option]} {result.settings[name]}",
+                fix=f"{knobs.OPTIONS[option]} {result.settings[name]}",
             )
     return result
 

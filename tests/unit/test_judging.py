@@ -22,7 +22,6 @@ from tests.unit.builders import (
     BF16,
     FP32,
     IDENTITY,
-    SETTINGS,
     envelope,
     generation,
     golden,
@@ -295,27 +294,20 @@ def test_metrics_by_hand() -> None:
 def test_outputs_that_part_where_the_environment_can_be_put_back_name_bisect() -> None:
     parted = judged("a", Verdict.DRIFT, divergence_index=1, deficit=1.0)
     batch = Change("batch_size", "numerics", 8, 1)
+
+    def command(*options: str) -> str:
+        result = suite_result(parted, environment_diff=(batch,), again=" ".join(["golden/s", *options]))
+        return next((command for command, _ in checks.summed_up(result).next_steps if "bisect" in command), "")
+
     bisect = "pytest-repro bisect golden/s --numerics bf16"
-
-    def command(*changes: Change, of: PromptResult = parted, **more: Any) -> str:
-        steps = checks.summed_up(suite_result(of, environment_diff=changes, **more)).next_steps
-        return next((command for command, _ in steps if "bisect" in command), "")
-
-    assert command(batch) == f"{bisect} --batch-size 1"
-    assert command(Change("threads", "numerics", 2, 1)) == bisect
-    assert command(Change("env.OMP_NUM_THREADS", "numerics", "2", None)) == bisect
-    kernel = Change("attention", "numerics", "sdpa", "eager")
-    torch = {
-        "settings": {**SETTINGS, "engine": "transformers"},
-        "environment": {"engine": "transformers", "attention": "eager"},
-    }
-    assert command(kernel, **torch) == f"{bisect} --engine-option attention=eager"
+    assert command() == bisect
+    assert command("--repro-batch-size 1") == f"{bisect} --batch-size 1"
+    assert command("--repro-engine vllm", "--repro-golden fp32") == f"{bisect} --engine vllm --golden fp32"
+    assert command("--repro-engine-option 'attention=a b'") == f"{bisect} --engine-option 'attention=a b'"
     assert (
-        command(kernel, Change("engine", "numerics", "vllm", "transformers"), **torch)
-        == f"{bisect} --engine transformers"
+        command("--repro-model m", "--repro-batch-size 1", "--repro-allow-code")
+        == f"{bisect} --batch-size 1 -- --repro-model m --repro-allow-code"
     )
-    assert command(batch, settings={**SETTINGS, "golden": "fp32"}) == f"{bisect} --golden fp32 --batch-size 1"
-    assert command(batch, path="golden/two words").startswith("pytest-repro bisect 'golden/two words' ")
 
 
 @pytest.mark.parametrize(
@@ -324,9 +316,9 @@ def test_outputs_that_part_where_the_environment_can_be_put_back_name_bisect() -
         ((), {}),
         ((Change("torch", "numerics", "2.12", "2.13"), Change("time", "information", 1, 2)), {}),
         ((Change("batch_size", "numerics", 8, 1), Change("model.weights", "identity", "a", "b")), {}),
-        ((Change("batch_size", "numerics", 8, 1),), {"environment": {"engine": "a test's own"}}),
+        ((Change("batch_size", "numerics", 8, 1),), {"again": "tests/test_it.py::test_it"}),
     ],
-    ids=["nothing differs", "no knob", "another model", "a callable"],
+    ids=["nothing differs", "no knob", "another model", "a test's own"],
 )
 def test_bisect_is_not_named_where_it_could_undo_nothing(changes: tuple[Change, ...], more: dict[str, Any]) -> None:
     parted = judged("a", Verdict.DRIFT, divergence_index=1, deficit=1.0)

@@ -9,7 +9,7 @@ import pytest
 from pytest_repro import knobs, probe
 from pytest_repro.engines.base import REGISTRY
 from pytest_repro.fingerprint import SUSPECTS, Change, class_of
-from pytest_repro.knobs import KNOBS, Setting, Undo, can_be_undone, engine_options, fixed, undoable
+from pytest_repro.knobs import KNOBS, Setting, Undo, can_be_undone, fixed, undoable
 
 THEN: dict[str, Any] = {
     "engine": "transformers", "numerics": "fp32", "compute_class": "fp32", "dtype": "float32", "batch_size": 8,
@@ -228,10 +228,3 @@ def test_whether_a_knob_is_there() -> None:
     assert can_be_undone([Change("torch", "numerics", 1, 2), Change("threads", "numerics", 1, 2)])
     assert not can_be_undone([Change("torch", "numerics", 1, 2), Change("device_class", "numerics", 1, 2)])
     assert not can_be_undone([Change("batch_size", "information", 1, 2)]) and not can_be_undone([])
-
-
-def test_the_engine_s_options_as_they_are_now() -> None:
-    changed = [Change("attention", "numerics", "sdpa", "eager")]
-    assert engine_options(changed, {**THEN, "attention": "eager"}) == ["attention=eager"]
-    assert engine_options(changed, {**THEN, "attention": "a b"}) == []
-    assert engine_options([*changed, Change("engine", "numerics", "a", "b")], THEN) == []
