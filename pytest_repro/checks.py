@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from shlex import join, split
 
@@ -9,7 +10,9 @@ import numpy as np
 
 from . import knobs
 from .accuracy import PairedTest, paired_test
+from .comparison import finite
 from .result import Check, SuiteResult
+from .rounding import RoundingTest, rounding_test
 from .verdict import Verdict
 
 IN_A_SHARD = "over the whole suite only: pytest-repro merge --report OUT.json, with the reports of all shards"
@@ -18,9 +21,12 @@ IN_A_SHARD = "over the whole suite only: pytest-repro merge --report OUT.json, w
 def summed_up(result: SuiteResult) -> SuiteResult:
     """The judged prompts with the suite's checks, metrics and next steps added."""
     test = _paired(result)
+    moved = _moved(result)
     ratio = _length_ratio(result)
-    checks = (_golden(result), _compute(result), _accuracy(result, test), _length(result, ratio))
-    result = replace(result, checks=checks, metrics=_metrics(result, test, ratio))
+    checks = (
+        _golden(result), _compute(result), _rounding(result, moved), _accuracy(result, test), _length(result, ratio)
+    )  # fmt: skip
+    result = replace(result, checks=checks, metrics=_metrics(result, test, moved, ratio))
     return replace(result, next_steps=_next_steps(result))
 
 
@@ -58,6 +64,48 @@ def _waiver(result: SuiteResult) -> str:
     if (result.observed or {}).get("compute_class") != "fp32":
         return f"{policy} does not apply: FP32-class compute was not observed"
     return f"{policy}: {result.counts.get(Verdict.WAIVED, 0)} waived"
+
+
+def _moved(result: SuiteResult) -> RoundingTest | None:
+    """The test of the whole suite, if it was replayed and the golden knows what rounding does to it."""
+    assert result.golden is not None
+    compared = [p for p in result.prompts if p.method]
+    if result.shard is not None or not all("replay" in p.method for p in compared):
+        return None  # of a few that were replayed because they looked odd, nothing follows for the suite
+    return rounding_test(
+        np.array([p.mean_abs_dgap for p in compared], np.float64),
+        np.array([p.benign_dgap for p in compared], np.float64),
+        result.golden["name"].partition("@")[0],
+        result.environment_diff,
+    )
+
+
+def _rounding(result: SuiteResult, test: RoundingTest | None) -> Check:
+    if test is None:
+        why = "nothing was compared"
+        if result.shard is not None:
+            why = IN_A_SHARD
+        elif any(p.method == "decode" for p in result.prompts):
+            why = "only a replay sees all of a text's gaps: --repro-method auto"
+        elif any(p.method for p in result.prompts):
+            why = "the golden, or this engine, knows no gaps between tokens"
+        return Check("rounding", "skip", f"not judged: {why}")
+    alpha = result.thresholds.alpha
+    failed = test.fails(alpha)
+    seen = f"gaps moved {test.ratio:.3g} times the benign level (median of {test.prompts} prompts)"
+    limit = f"{test.above} beyond {test.margin:g}, p = {test.p_value:.2g}"
+    if test.unmeasured:
+        limit += f"\n{test.margin:g} and not {test.usual:g}, since {_few(test.unmeasured)} differ: their rounding was not measured"
+    if failed and (result.observed or {}).get("compute_class") == "fp32" and result.thresholds.fp32_waiver == "all":
+        return Check("rounding", "skip", f"waived by fp32_waiver = all: {seen}, {limit}")
+    if failed:
+        return Check("rounding", "fail", f"{seen}, more than rounding moves them: {limit}")
+    power = "" if test.can_fail(alpha) else "; too few prompts to show more"
+    return Check("rounding", "pass", f"{seen}, which is rounding: {limit}{power}")
+
+
+def _few(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def _paired(result: SuiteResult) -> PairedTest | None:
@@ -112,7 +160,9 @@ def _length_ratio(result: SuiteResult) -> float | None:
     return sum(n or 0 for n in now) / sum(n or 0 for n in then)
 
 
-def _metrics(result: SuiteResult, test: PairedTest | None, ratio: float | None) -> dict[str, float | int | None]:
+def _metrics(
+    result: SuiteResult, test: PairedTest | None, moved_test: RoundingTest | None, ratio: float | None
+) -> dict[str, float | int | None]:
     """Names as in arXiv 2506.09501 (§3.1, App. E) where it has them."""
     assert result.golden is not None
     counts, golden = result.counts, result.golden
@@ -127,6 +177,8 @@ def _metrics(result: SuiteResult, test: PairedTest | None, ratio: float | None) 
         "mean_div_index": float(np.mean(parted)) if parted else None,
         "mean_abs_dlogp": float(np.mean(moved)) if moved else None,
         "benign_abs_dlogp": golden["mean_abs_dlogp"],
+        "rounding_ratio": finite(moved_test.ratio) if moved_test else None,
+        "rounding_p_value": moved_test.p_value if moved_test else None,
         "accuracy_golden": test.golden if test else golden["accuracy"],
         "accuracy_now": test.now if test else None,
         "accuracy_p_value": test.p_value if test else None,
@@ -180,7 +232,7 @@ def _bisect(result: SuiteResult) -> str:
     of_a_test = "::" in result.again
     if not parted or of_a_test or any(c.cls == "identity" for c in changes) or not knobs.can_be_undone(changes):
         return ""
-    where, *given = split(result.again)
+    where, *given = split(result.again) or [result.path]
     own, others = [], []
     while given:
         word, *given = given

@@ -33,6 +33,7 @@ class Row:
     golden_gap: float
     token_now: float
     mean_abs_dlogp: float
+    mean_abs_dgap: float
 
 
 def finite(value: float) -> float | None:
@@ -61,6 +62,8 @@ class Comparison:
     """The largest of them."""
     max_abs_dgap: Floats
     """Largest change of the gap to the recorded runner-up, nats; NaN where unknown (decode does not observe it)."""
+    mean_abs_dgap: Floats
+    """Its mean |change|."""
     compared: Ints
     """Positions whose log-probabilities were compared."""
 
@@ -107,6 +110,7 @@ def compare_replay(golden: Generation, scores: Sequence[Scores]) -> Comparison:
         mean_abs_dlogp=_mean(dlogp, owner, len(rows)),
         max_abs_dlogp=_max(dlogp, starts),
         max_abs_dgap=_max(dgap, starts),
+        mean_abs_dgap=_mean(dgap, owner, len(rows)),
         compared=np.diff(starts),
     )
 
@@ -145,6 +149,7 @@ def compare_decode(golden: Generation, now: Generation) -> Comparison:
         mean_abs_dlogp=_mean(dlogp, owner, len(rows)),
         max_abs_dlogp=_max(dlogp, starts),
         max_abs_dgap=np.full(len(rows), np.nan),
+        mean_abs_dgap=np.full(len(rows), np.nan),
         compared=np.bincount(owner[seen], minlength=len(rows)).astype(np.int64),
     )
 

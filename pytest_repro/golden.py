@@ -151,7 +151,7 @@ def encode(golden: Golden) -> tuple[bytes, bytes]:
     """A golden as (text part, binary part), its digests and seal computed."""
     g = golden.generation
     columns: dict[str, Any] = {name: np.asarray(getattr(g, name), dtype) for name, dtype in _COLUMNS.items()}
-    columns |= {"offsets": g.offsets, "noise.prompt_level": golden.noise.prompt_level}
+    columns |= {"offsets": g.offsets, **_levels(golden.noise)}
     if golden.part is not None:
         assert golden.noise.prompt_means is not None, "a part is merged from the means of every variant"
         columns["noise.prompt_means"] = golden.noise.prompt_means
@@ -193,6 +193,10 @@ def encode(golden: Golden) -> tuple[bytes, bytes]:
     if golden.candidate is not None:
         header["candidate"] = dict(golden.candidate)
     return b"".join([_line(header), *body]), numbers
+
+
+def _levels(envelope: Envelope) -> dict[str, Any]:
+    return {"noise.prompt_level": envelope.prompt_level, "noise.gap_level": envelope.gap_level}
 
 
 def content_digest(header: Mapping[str, Any], body: Sequence[bytes]) -> str:
@@ -379,7 +383,7 @@ def _numbers(
     except Exception as exc:  # safetensors raises its own SafetensorError and several built-in ones
         raise GoldenError(f"the binary part cannot be read: {exc}", where=binary, fix=regenerate) from None
     expected = offsets_of(len(line["tokens"]) for line in lines)
-    shapes = {"offsets": expected.shape, "noise.prompt_level": (len(lines),)}
+    shapes = {"offsets": expected.shape, "noise.prompt_level": (len(lines),), "noise.gap_level": (len(lines),)}
     shapes |= {name: (int(expected[-1]),) for name in _COLUMNS}
     if "part" in header:
         shapes["noise.prompt_means"] = (len(header["noise"]["variants"]), len(lines))
@@ -387,10 +391,11 @@ def _numbers(
         found = tensors.get(name)
         if found is None or found.shape != shape or (name == "offsets" and not np.array_equal(found, expected)):
             raise GoldenError(f"text and binary parts disagree about {name}", where=binary, fix=regenerate)
-    largest = max((variant["max_abs_dlogp"] for variant in header["noise"]["variants"]), default=np.inf)
-    if np.any(tensors["noise.prompt_level"] > 1.001 * largest):  # float32 holds the one, JSON the other
-        what = f"a prompt's noise level exceeds {largest:g}, the largest difference that was measured"
-        raise GoldenError(what, where=f"{binary} [noise.prompt_level]", fix=regenerate)
+    for level, of in (("noise.prompt_level", "max_abs_dlogp"), ("noise.gap_level", "max_abs_dgap")):
+        largest = max((variant[of] for variant in header["noise"]["variants"]), default=np.inf)
+        if np.any(tensors[level] > 1.001 * largest):  # float32 holds the one, JSON the other
+            what = f"a prompt's noise level exceeds {largest:g}, the largest difference that was measured"
+            raise GoldenError(what, where=f"{binary} [{level}]", fix=regenerate)
     return tensors
 
 
@@ -427,6 +432,7 @@ def _build(
         noise=Envelope.from_json(
             header["noise"],
             np.asarray(tensors["noise.prompt_level"], np.float32),
+            np.asarray(tensors["noise.gap_level"], np.float32),
             np.asarray(tensors["noise.prompt_means"], np.float64) if "part" in header else None,
         ),
         review=review,

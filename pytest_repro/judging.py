@@ -268,6 +268,7 @@ class _View:
     def judged(self, prompt: PromptResult, result: SuiteResult, fp32: bool) -> PromptResult:
         """One prompt with verdict, numbers and texts."""
         seen, shown = self._evidence(prompt.id)
+        replayed = _row(self.gathered.replayed, self.replayed.get(prompt.id))
         verdict: Judgement = judge(seen, result.thresholds.fp32_waiver, fp32)
         row = self.place[prompt.id]
         index = int(shown.divergence_index) if shown.divergence_index >= 0 else None
@@ -287,6 +288,8 @@ class _View:
             golden_gap=finite(shown.golden_gap),
             mean_abs_dlogp=finite(seen.mean_abs_dlogp),
             benign_dlogp=finite(seen.level),
+            mean_abs_dgap=finite(replayed.mean_abs_dgap) if replayed else None,
+            benign_dgap=finite(float(self.golden.noise.gap_level[row])),
             golden_text=self._golden_text(row, index),
             now_text=self._now_text(prompt.id, row, index, int(shown.token_now)),
             score_golden=score,

@@ -3,7 +3,8 @@
 It is measured when a golden is recorded: the golden's tokens are replayed under other batch sizes, thread counts and
 attention kernels, and as prefill instead of decode. What those replays moved is what rounding can move.
 
-A first version. It knows a largest change of the gap (the tail) and a typical |Δlogp| of each prompt (the bulk).
+It knows a largest change of the gap (the tail), and of each prompt a typical |Δlogp| (the bulk) and a typical change of
+the gaps, which `rounding` compares over the whole suite.
 """
 
 from __future__ import annotations
@@ -54,8 +55,10 @@ class Envelope:
     variants: tuple[Variant, ...]
     prompt_level: NDArray[np.float32]
     """Each prompt's own benign mean |Δlogp|, nats: the mean over the variants; shape (P,)."""
+    gap_level: NDArray[np.float32]
+    """Each prompt's own benign mean change of the gap to the recorded runner-up, nats; NaN where no gap was seen; shape (P,)."""
     prompt_means: NDArray[np.float64] | None = None
-    """The same of every variant, shape (V, P): what envelopes of parts are merged from. A golden does not keep it."""
+    """`prompt_level` of every variant, shape (V, P): what envelopes of parts are merged from. A golden does not keep it."""
 
     @property
     def max_deficit(self) -> float:
@@ -82,7 +85,7 @@ class Envelope:
         return max(own, self.mean_abs_dlogp) if np.isfinite(own) else self.mean_abs_dlogp
 
     def to_json(self) -> dict[str, Any]:
-        """The part that stands in a golden's header; `prompt_level` goes to the binary part."""
+        """The part that stands in a golden's header; `prompt_level` and `gap_level` go to the binary part."""
         return {
             "compute_class": self.compute_class,
             "max_deficit": self.max_deficit,
@@ -95,10 +98,12 @@ class Envelope:
         cls,
         data: Mapping[str, Any],
         prompt_level: NDArray[np.float32],
+        gap_level: NDArray[np.float32],
         prompt_means: NDArray[np.float64] | None = None,
     ) -> Envelope:
         """Inverse of `to_json`."""
-        return cls(data["compute_class"], tuple(Variant(**v) for v in data["variants"]), prompt_level, prompt_means)
+        variants = tuple(Variant(**v) for v in data["variants"])
+        return cls(data["compute_class"], variants, prompt_level, gap_level, prompt_means)
 
 
 def envelope(compute_class: str, golden: Generation, replays: Mapping[str, Sequence[Scores]]) -> Envelope:
@@ -109,10 +114,11 @@ def envelope(compute_class: str, golden: Generation, replays: Mapping[str, Seque
         golden: what was recorded; the replays are compared with it.
         replays: name of the change -> scores of every prompt, in the golden's order.
     """
-    variants, levels = [], []
+    variants, levels, gaps = [], [], []
     for name, scores in replays.items():
         seen = compare_replay(golden, scores)
         levels.append(seen.mean_abs_dlogp)
+        gaps.append(seen.mean_abs_dgap)
         variants.append(
             Variant(
                 name=name,
@@ -123,8 +129,10 @@ def envelope(compute_class: str, golden: Generation, replays: Mapping[str, Seque
                 flipped_prompts=int(seen.differs.sum()),
             )
         )
-    means = np.asarray(levels, np.float64).reshape(len(variants), len(golden))
-    return Envelope(compute_class, tuple(variants), _levels(means), means)
+    shape = (len(variants), len(golden))
+    means = np.asarray(levels, np.float64).reshape(shape)
+    gap_level = _levels(np.reshape(gaps, shape)) if variants else np.full(len(golden), np.nan, np.float32)
+    return Envelope(compute_class, tuple(variants), _levels(means), gap_level, means)
 
 
 def merged(parts: Sequence[Envelope], order: NDArray[np.int64]) -> Envelope:
@@ -146,7 +154,8 @@ def merged(parts: Sequence[Envelope], order: NDArray[np.int64]) -> Envelope:
         )
         for row, same in zip(means, zip(*(part.variants for part in parts), strict=True), strict=True)
     )
-    return Envelope(parts[0].compute_class, variants, _levels(means))
+    gap_level = np.concatenate([part.gap_level for part in parts])[order]
+    return Envelope(parts[0].compute_class, variants, _levels(means), gap_level)
 
 
 def _levels(means: NDArray[np.float64]) -> NDArray[np.float32]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from .fingerprint import Change, Fingerprint
-from .suite import Shard, Thresholds
+from .suite import MOVED, Shard, Thresholds
 from .verdict import ALWAYS_FAIL, Failure, Verdict, failures
 
 
@@ -40,6 +40,10 @@ class PromptResult:
     mean_abs_dlogp: float | None = None
     benign_dlogp: float | None = None
     """The prompt's benign mean |Δlogp|."""
+    mean_abs_dgap: float | None = None
+    """Mean |change of the gap to the recorded runner-up|; None where it was not replayed."""
+    benign_dgap: float | None = None
+    """The prompt's benign mean |change of that gap|."""
     golden_text: Texts | None = None
     now_text: Texts | None = None
     arbiter: Mapping[str, Any] | None = None
@@ -58,9 +62,10 @@ class PromptResult:
 
 @dataclass(frozen=True)
 class Check:
-    """One check of the whole suite: `golden`, `compute`, `accuracy` or `length`."""
+    """One check of the whole suite."""
 
     name: str
+    """One of `suite.SUITE_ITEMS`."""
     status: str
     """`pass`, `fail`, `skip` (not judged)."""
     message: str
@@ -131,7 +136,7 @@ class SuiteResult:
         """Whether a new golden could be the answer to this failure: outputs or accuracy moved, and nothing broke."""
         if self.counts.get(Verdict.ERROR) or any(c.name == "compute" and c.status == "fail" for c in self.checks):
             return False
-        return bool(self.failures) or any(c.status == "fail" for c in self.checks if c.name in ("accuracy", "length"))
+        return bool(self.failures) or any(c.status == "fail" for c in self.checks if c.name in MOVED)
 
     def failing_rule(self, prompt: PromptResult) -> Failure | None:
         """The rule that makes this prompt's test item fail."""

@@ -25,6 +25,7 @@ LAYERS = [
         "candidate",
         "comparison",
         "noise",
+        "rounding",
         "accuracy",
         "verdict",
         "result",

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError
-from ..suite import inside
+from ..suite import MOVED, inside
 from ..text import inert
 from . import markdown, terminal
 
@@ -55,7 +55,7 @@ def _only_drift(suite: Suite) -> bool:
     """Whether a suite fails by its outputs, accuracy or lengths, and by nothing else."""
     prompts = {p["verdict"] for p in suite["prompts"] if p["fails"]}
     checks = {check["name"] for check in suite["checks"] if check["status"] == "fail"}
-    return prompts <= ONLY_DRIFT and checks <= {"accuracy", "length"}
+    return prompts <= ONLY_DRIFT and checks <= set(MOVED)
 
 
 def output_lines(values: Mapping[str, str]) -> str:
@@ -116,9 +116,12 @@ def _of_suite(suite: Suite, root: Path, repository: Path) -> Iterator[str]:
     told = {p["reason"] for p in terminal.worst_first(suite)}
     for check in suite["checks"]:
         if check["status"] == "fail" and not any(reason and reason in check["message"] for reason in told):
-            key = {"accuracy": "accuracy_drop", "length": "length_ratio", "compute": "fp32_waiver"}.get(
-                check["name"], ""
-            )
+            key = {
+                "accuracy": "accuracy_drop",
+                "rounding": "alpha",
+                "length": "length_ratio",
+                "compute": "fp32_waiver",
+            }.get(check["name"], "")
             yield _error(f"{check['name']}: {name}", check["message"], files.suite(key))
     for p in worst:
         if p["fails"]:

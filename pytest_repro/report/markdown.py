@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from ..suite import MOVED
 from ..text import inert
 from . import terminal
 
@@ -127,7 +128,7 @@ def _suite(suite: Suite, texts: int) -> Iterator[str]:
     yield from _prompts(terminal.worst_first(suite), texts)
     if suite["environment_diff"]:
         yield _environment(suite)
-    if calm := [c for c in suite["checks"] if c["status"] == "pass" and c["name"] in ("accuracy", "compute", "length")]:
+    if calm := [c for c in suite["checks"] if c["status"] == "pass" and c["name"] in ("compute", *MOVED)]:
         yield fenced(line for check in calm for line in _check(check))
     if suite["next_steps"]:
         yield "Next:\n\n" + fenced(map(_step, suite["next_steps"]))

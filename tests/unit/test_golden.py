@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -83,7 +84,7 @@ def test_numbers_come_back_bit_for_bit() -> None:
         gap=values[n:],
         runner_up=rng.integers(-1, 2**31 - 1, n).astype(np.int32),
     )
-    noise = replace(GOLDEN.noise, prompt_level=f32([1e-30]))
+    noise = replace(GOLDEN.noise, prompt_level=f32([1e-30]), gap_level=f32([math.nan]))
     back = read(*encode(golden(recorded, noise=noise)))
     for name in ("logprob", "gap", "runner_up"):
         assert getattr(back.generation, name).tobytes() == getattr(recorded, name).tobytes(), name

@@ -280,7 +280,7 @@ def test_metrics_by_hand() -> None:
     assert verdicts(result) == ["near_tie", "drift", "identical"]
     assert dict(result.metrics) == {
         "divergent": 2, "unexplained": 1, "waived": 0, "div_percent": pytest.approx(200 / 3), "mean_div_index": 2.0,
-        "mean_abs_dlogp": 0.0625, "benign_abs_dlogp": 0.5, "accuracy_golden": None, "accuracy_now": None,
+        "mean_abs_dlogp": 0.0625, "benign_abs_dlogp": 0.5, "rounding_ratio": 1.0, "rounding_p_value": 1.0, "accuracy_golden": None, "accuracy_now": None,
         "accuracy_p_value": None, "accuracy_smallest_drop": None, "length_ratio": None,
     }  # fmt: skip
     assert [f.rule for f in result.failures] == ["unexplained 1 > max_unexplained 0", "divergent 2 > max_divergent 0"]
@@ -336,7 +336,7 @@ def test_a_suite_that_passes_has_no_next_step() -> None:
     result = judging.judge_all(blank(), ABC, GOLDEN, gathered([scores(n, SAME) for n in "abc"]), spell, False)
     assert result.passed and result.next_steps == () and result.metrics["div_percent"] == 0.0
     assert [(c.name, c.status) for c in result.checks] == [
-        ("golden", "pass"), ("compute", "pass"), ("accuracy", "skip"), ("length", "pass"),
+        ("golden", "pass"), ("compute", "pass"), ("rounding", "pass"), ("accuracy", "skip"), ("length", "pass"),
     ]  # fmt: skip
 
 

@@ -123,7 +123,10 @@ def test_a_part_with_other_prompts_than_its_own_is_refused() -> None:
 
 # --- results of a check ---------------------------------------------------------------------------------------------
 
-ROWS = [judged(name, tokens=10, tokens_now=10, score_golden=True, score_now=True) for name in NAMES]
+ROWS = [
+    judged(name, tokens=10, tokens_now=10, score_golden=True, score_now=True, mean_abs_dgap=0.25, benign_dgap=0.25)
+    for name in NAMES
+]
 
 
 def shard(index: int, count: int = 3, rows: Any = ROWS, **changes: Any) -> tuple[str, SuiteResult]:
@@ -145,8 +148,17 @@ def test_shards_in_any_order_are_the_check_of_one_piece() -> None:
     assert found.notes == ("merged from 3 shards",) and found.shard is None
     assert replace(found, notes=()) == whole
     assert [(c.name, c.status) for c in found.checks] == [
-        ("golden", "pass"), ("compute", "pass"), ("accuracy", "pass"), ("length", "pass"),
+        ("golden", "pass"), ("compute", "pass"), ("rounding", "pass"), ("accuracy", "pass"), ("length", "pass"),
     ]  # fmt: skip
+
+
+def test_whether_all_moved_is_asked_of_the_whole_and_of_no_shard() -> None:
+    rows = [replace(row, mean_abs_dgap=0.5) for row in ROWS]
+    shards = [shard(i, rows=rows) for i in (1, 2, 3)]
+    assert all(r.passed and "rounding" not in {c.name for c in r.checks if c.status != "skip"} for _, r in shards)
+    found = merging.result_of(shards)
+    assert not found.passed and [c.name for c in found.checks if c.status == "fail"] == ["rounding"]
+    assert found.metrics["rounding_ratio"] == pytest.approx(2.0) and found.metrics["rounding_p_value"] == 2**-7
 
 
 def test_accuracy_and_length_are_judged_over_all_prompts_and_in_no_shard() -> None:

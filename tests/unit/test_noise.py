@@ -38,6 +38,7 @@ def test_envelope_sums_up_every_replay() -> None:
         "flipped_prompts": 1,
     }  # fmt: skip
     assert found.prompt_level.tolist() == [0.1875, 0.0625] and found.prompt_level.dtype == np.float32
+    assert found.gap_level.tolist() == [0.25, 0.25] and found.gap_level.dtype == np.float32
     assert found.max_deficit == 0.75 and found.mean_abs_dlogp == 0.125 and found.compute_class == "bf16"
 
 
@@ -52,11 +53,12 @@ def test_envelope_sums_up_every_replay() -> None:
     ids=["none", "gap", "deficit", "largest-of-all"],
 )
 def test_max_deficit(variants: tuple, wanted: float) -> None:
-    assert Envelope("bf16", variants, f32([])).max_deficit == wanted
+    assert Envelope("bf16", variants, f32([]), f32([])).max_deficit == wanted
 
 
 def test_a_prompt_is_never_held_against_less_than_the_suite() -> None:
-    noise = Envelope("bf16", (variant(mean_abs_dlogp=0.25), variant(mean_abs_dlogp=0.75)), f32([0.125, 2.0, math.nan]))
+    levels = f32([0.125, 2.0, math.nan])
+    noise = Envelope("bf16", (variant(mean_abs_dlogp=0.25), variant(mean_abs_dlogp=0.75)), levels, levels)
     assert noise.mean_abs_dlogp == 0.5
     assert [noise.level(i) for i in range(4)] == [0.5, 2.0, 0.5, 0.5]
 
@@ -64,7 +66,7 @@ def test_a_prompt_is_never_held_against_less_than_the_suite() -> None:
 def test_an_engine_that_cannot_replay_has_an_empty_envelope() -> None:
     found = envelope("bf16", GOLDEN, {})
     assert found.variants == () and found.prompt_level.tolist() == [0.0, 0.0]
-    assert found.max_deficit == found.mean_abs_dlogp == 0.0
+    assert found.max_deficit == found.mean_abs_dlogp == 0.0 and np.isnan(found.gap_level).all()
     assert np.isnan(found.level(0)), "nothing was measured, so nothing is known to be calm"
 
 
@@ -72,12 +74,12 @@ def test_unknown_numbers_are_left_out() -> None:
     row = scores("b", [3], logprob=[math.nan], gap=[math.nan])
     found = envelope("bf16", GOLDEN, {"x": [scores("a", [1, 2], logprob=[-0.75, -0.75], gap=[1.5, 1.0]), row]})
     assert found.variants[0].mean_abs_dlogp == 0.25 and found.max_deficit == 0.5
-    assert found.level(1) == 0.25
+    assert found.level(1) == 0.25 and found.gap_level.tolist() == [0.25, pytest.approx(math.nan, nan_ok=True)]
 
 
 def test_json_round_trip() -> None:
-    noise = Envelope("bf16", (variant("a"), variant("b", flipped_prompts=3)), f32([0.5]))
-    again = Envelope.from_json(noise.to_json(), noise.prompt_level)
+    noise = Envelope("bf16", (variant("a"), variant("b", flipped_prompts=3)), f32([0.5]), f32([0.25]))
+    again = Envelope.from_json(noise.to_json(), noise.prompt_level, noise.gap_level)
     assert again.variants == noise.variants and again.compute_class == "bf16"
     assert noise.to_json()["max_deficit"] == 0.25 and noise.to_json()["mean_abs_dlogp"] == 0.5
 
@@ -106,3 +108,4 @@ def test_envelopes_of_parts_are_the_envelope_of_the_whole() -> None:
     found = merged([measured(rows) for rows in places], np.argsort(np.concatenate(places)))
     assert found.variants == one.variants and found.to_json() == one.to_json()
     np.testing.assert_array_equal(found.prompt_level, one.prompt_level)
+    np.testing.assert_array_equal(found.gap_level, one.gap_level)

@@ -74,7 +74,9 @@ def test_notes_have_a_form(note: dict[str, Any]) -> None:
 
 
 def levels(*of_prompts: float) -> Golden:
-    return replace(OLD, noise=Envelope("bf16", (variant(max_abs_dlogp=64.0),), f32(of_prompts)))
+    return replace(
+        OLD, noise=Envelope("bf16", (variant(max_abs_dlogp=64.0),), f32(of_prompts), f32([0.125] * len(of_prompts)))
+    )
 
 
 @pytest.mark.parametrize(("now", "told"), [((0.5, 2.0), ["level of prompt b"]), ((0.5, 0.7), []), ((0.01, 0.01), [])])

@@ -314,7 +314,7 @@ def test_rejecting_leaves_the_golden(tmp_path: Path) -> None:
 def part(folder: Path, index: int, time: str = "2026-11-22") -> Place:
     """Part `index` of 2 of a suite of two prompts, one a batch."""
     g = generation(output("ab"[index - 1], [index]))
-    noise = Envelope("bf16", (variant(),), f32([0.5]), np.full((1, 1), 0.5))
+    noise = Envelope("bf16", (variant(),), f32([0.5]), f32([0.125]), np.full((1, 1), 0.5))
     numbered = Part(index, 2, 2, digest("prompts"), "exact")
     place = Place(folder, "bf16", PENDING, Shard(index, 2))
     facts = {**NEW.fingerprint, "time": time}

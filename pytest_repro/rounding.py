@@ -1,0 +1,110 @@
+"""Whether a whole suite moved more than rounding moves it: a paired test over its prompts. Pure.
+
+What is compared is how far the gap between the golden's token and its recorded runner-up moved, since whatever shifts
+both tokens alike cancels in it; and each prompt with its own benign level, since prompts differ in how hard rounding
+shakes them. A defect too small for any prompt of its own moves all of them a little, and always upwards.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .fingerprint import Change
+from .noise import bulk_ratio
+
+MARGIN = {"fp32": 2.0, "exact": 1.0}
+"""Times the benign level that benign changes may reach as a whole, by compute class: docs/decisions/0008-rounding.md."""
+MARGIN_16_BIT = 1.1
+
+MEASURED = (
+    "batch_size", "threads", "interop_threads", "attention", "env.OMP_NUM_THREADS", "env.MKL_NUM_THREADS",
+    "compute_class", "numerics", "dtype", "quantization", "kv_cache_dtype", "autocast", "fp32_precision.*",
+    "reduced_precision.*",
+)  # fmt: skip
+"""Numerics fields that call for no more room when they differ: what the envelope measured, and precision itself, which is
+what the test is to see. Whatever else differs runs other kernels, whose noise nobody measured for this golden."""
+
+_FARTHEST = 50.0
+"""Largest |log ratio| that is ranked: a benign level of zero makes it infinite."""
+
+
+@dataclass(frozen=True)
+class RoundingTest:
+    """The suite's change of the gaps against rounding's."""
+
+    prompts: int
+    ratio: float
+    """Median over the prompts of mean |Δgap| now, in units of the prompt's benign level."""
+    above: int
+    """Prompts beyond `margin`."""
+    margin: float
+    usual: float
+    """The margin of an environment that the envelope covers."""
+    unmeasured: tuple[str, ...]
+    """Fields that differ and that the golden's envelope does not cover: `margin` is the wide one for them."""
+    p_value: float
+    """Of a median ratio this large or larger if the true one is `margin`; one-sided."""
+
+    def fails(self, alpha: float) -> bool:
+        """More than rounding: beyond the margin, and not by the luck of the prompts."""
+        return self.ratio > self.margin and self.p_value <= alpha
+
+    def can_fail(self, alpha: float) -> bool:
+        """Whether so few prompts could fail at all."""
+        return 0.5**self.prompts <= alpha
+
+
+def rounding_test(
+    moved: NDArray[np.float64], levels: NDArray[np.float64], compute_class: str, changes: Sequence[Change]
+) -> RoundingTest | None:
+    """Wilcoxon's signed-rank test of log(moved / level) against log(margin), one-sided (Wilcoxon 1945).
+
+    Args:
+        moved: each prompt's mean |Δgap|, nats, shape (P,); NaN where it was not seen.
+        levels: each prompt's benign mean |Δgap|, nats, shape (P,); NaN where it is not known.
+        compute_class: of the golden.
+        changes: how the environments differ.
+
+    Returns:
+        None without a prompt of which both are known.
+    """
+    seen = np.isfinite(moved) & np.isfinite(levels)
+    if not seen.any():
+        return None
+    ratios = _ratios(moved[seen], levels[seen])
+    unmeasured = tuple(c.field for c in changes if c.cls == "numerics" and not _measured(c.field))
+    usual = MARGIN.get(compute_class, MARGIN_16_BIT)
+    margin = bulk_ratio(compute_class) if unmeasured else usual
+    return RoundingTest(
+        prompts=len(ratios),
+        ratio=float(np.exp(np.median(ratios))),
+        above=int((ratios > np.log(margin)).sum()),
+        margin=margin,
+        usual=usual,
+        unmeasured=unmeasured,
+        p_value=_p_value(ratios - np.log(margin)),
+    )
+
+
+def _ratios(now: NDArray[np.float64], level: NDArray[np.float64]) -> NDArray[np.float64]:
+    """log(now / level): 0 where both are 0."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        ratios = np.where(now == level, 0.0, np.log(now) - np.log(level))
+    return np.clip(ratios, -_FARTHEST, _FARTHEST)
+
+
+def _p_value(excess: NDArray[np.float64]) -> float:
+    if not excess.any():
+        return 1.0
+    from scipy.stats import wilcoxon  # takes a second to import
+
+    return float(wilcoxon(excess, alternative="greater").pvalue)
+
+
+def _measured(field: str) -> bool:
+    return any(fnmatchcase(field, pattern) for pattern in MEASURED)
