@@ -17,6 +17,8 @@ from .text import inert
 from .verdict import Verdict, failures
 from .wording import word_diff
 
+GREW = {"mean_abs_dlogp": 1.5, "max_deficit": 1.5, "mean_abs_dgap": 1.25}
+"""Measures of an envelope, and the times that they may grow unremarked. The last is what a whole suite is held against."""
 LEVEL_GREW = 3.0
 """Times that one prompt's noise level may grow unremarked: another text has another level."""
 
@@ -142,10 +144,8 @@ def _envelope(old: Golden | None, new: Golden) -> list[dict[str, Any]]:
     """Measures of noise that are larger than they were, by more than they vary."""
     if old is None:
         return []
-    measures = [
-        (name, getattr(old.noise, name), getattr(new.noise, name)) for name in ("mean_abs_dlogp", "max_deficit")
-    ]
-    grown = [{"measure": name, "golden": then, "now": now} for name, then, now in measures if now > 1.5 * then]
+    measures = [(name, getattr(old.noise, name), getattr(new.noise, name)) for name in GREW]
+    grown = [{"measure": name, "golden": then, "now": now} for name, then, now in measures if now > GREW[name] * then]
     return grown + _grown_levels(old, new)
 
 

@@ -49,7 +49,7 @@ def _section(suite: Mapping[str, Any], verbose: bool) -> Iterator[Line]:
         if any(reason and reason in check["message"] for reason in told):
             continue  # the cause that struck every prompt was told already
         loud = check["status"] == "fail" or (
-            differs and check["status"] == "pass" and check["name"] in ("accuracy", "compute")
+            differs and check["status"] == "pass" and check["name"] in ("accuracy", "compute", "rounding")
         )
         if loud or verbose:
             mark = {"fail": "FAIL ", "skip": "", "pass": ""}[check["status"]]

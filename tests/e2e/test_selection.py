@@ -19,7 +19,9 @@ def answer(prompts):
         file.write(json.dumps(prompts) + "\\n")
     return [f"answer to {p}" for p in prompts]
 """
-ITEMS = [f"golden/demo/suite.toml::bf16::{name}" for name in ("golden", "compute", *TOKENS, "accuracy", "length")]
+ITEMS = [
+    f"golden/demo/suite.toml::bf16::{name}" for name in ("golden", "compute", *TOKENS, "rounding", "accuracy", "length")
+]
 
 
 def _collected(project: Project, *args: str) -> list[str]:

@@ -89,3 +89,17 @@ def test_one_prompts_level_that_grew_much_is_named(tmp_path: Path, now: tuple[fl
     found = changes(pending)
     assert [grown["measure"] for grown in found["envelope_grew"]] == told
     assert any("level of prompt b 0.5 -> 2" in line for line in found["head"]) is bool(told)
+
+
+@pytest.mark.parametrize(("now", "told"), [(0.125, []), (0.15, []), (0.2, ["mean_abs_dgap"])])
+def test_a_benign_level_of_gaps_that_grew_is_named(tmp_path: Path, now: float, told: list[str]) -> None:
+    """A whole suite is held against it."""
+    folder = write_suite(tmp_path / "s")
+    old = levels(0.5, 0.5)
+    new = replace(old, noise=replace(old.noise, gap_level=f32([now, now])))
+    Place(folder, "bf16").write(old)
+    pending = Place(folder, "bf16", PENDING)
+    pending.write(with_notes(new, old))
+    found = changes(pending)
+    assert [grown["measure"] for grown in found["envelope_grew"]] == told
+    assert any("the noise envelope grew: mean_abs_dgap 0.12 -> 0.2" in line for line in found["head"]) is bool(told)
