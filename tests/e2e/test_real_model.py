@@ -10,12 +10,14 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from jsonschema import Draft202012Validator
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from pytest_repro import models, suite
 
@@ -73,11 +75,30 @@ def halved(model: models.ModelFiles, tmp_path_factory: pytest.TempPathFactory) -
     return times(0.5, model, tmp_path_factory.mktemp("halved") / "model")
 
 
+@pytest.fixture(scope="module")
+def quantised(model: models.ModelFiles, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy whose layers' weights were rounded to 9 bits, a scale for each row, and are stored as before."""
+
+    def rounded(name: str, weight: Tensor) -> Tensor:
+        if "layers" not in name or weight.ndim != 2:
+            return weight
+        scale = weight.float().abs().amax(-1, keepdim=True) / 255
+        return (weight.float() / scale).round() * scale
+
+    return changed(rounded, model, tmp_path_factory.mktemp("quantised") / "model")
+
+
 def times(factor: float, model: models.ModelFiles, folder: Path) -> Path:
+    scaled = "model.layers.15.mlp.down_proj.weight"
+    return changed(lambda name, weight: weight.float() * factor if name == scaled else weight, model, folder)
+
+
+def changed(change: Callable[[str, Tensor], Tensor], model: models.ModelFiles, folder: Path) -> Path:
     shutil.copytree(model.path, folder)
-    tensors = load_file(folder / "model.safetensors")
-    name = "model.layers.15.mlp.down_proj.weight"
-    tensors[name] = (tensors[name].float() * factor).to(tensors[name].dtype)
+    tensors = {
+        name: change(name, tensor).to(tensor.dtype).contiguous()
+        for name, tensor in load_file(folder / "model.safetensors").items()
+    }
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     return folder
 
@@ -170,6 +191,19 @@ def test_a_small_real_bug_is_another_model_and_if_allowed_drift(scaled: Path, tm
     flipped = [p for p in run.suite["prompts"] if p["divergence_index"] is not None]
     assert len(flipped) < len(run.suite["prompts"])
     assert run.suite["metrics"]["mean_abs_dlogp"] > 100 * run.suite["metrics"]["benign_abs_dlogp"]
+
+
+def test_weights_of_9_bits_show_in_the_suite_where_no_prompt_shows_them(quantised: Path, tmp_path: Path) -> None:
+    check = ("--repro-check", "golden/word-problems", "--repro-numerics", "bf16", "--repro-method", "replay", *FEW)
+    run = Run(tmp_path, *check, "--repro-model", str(quantised), "--repro-allow-changed", "model")
+    assert run.rc == 1
+    assert run.verdicts <= {"identical", "near_tie"}, "to each prompt alone it looks like rounding"
+    assert [c["name"] for c in run.suite["checks"] if c["status"] == "fail"] == ["rounding"]
+    assert run.suite["metrics"]["rounding_ratio"] > 1.2
+    assert "more than rounding moves them" in run.output
+    run = Run(tmp_path, *check, OMP_NUM_THREADS="1")
+    assert run.rc == 0, run.output
+    assert 0.8 < run.suite["metrics"]["rounding_ratio"] < 1.1
 
 
 def test_bf16_compute_is_never_taken_for_an_fp32_golden(model: models.ModelFiles, tmp_path: Path) -> None:

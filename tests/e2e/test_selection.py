@@ -152,7 +152,7 @@ def test_the_paths_hold_from_any_folder_of_the_project(accepted: Project) -> Non
         *("-p", "no:cacheprovider", "--repro-check", "--repro-only", "-q"),
     )
     assert result.rc == 0, result.text
-    assert "7 passed, 1 skipped" in result.out
+    assert "8 passed, 1 skipped" in result.out
 
 
 def test_a_suite_among_the_tests_is_data_until_it_is_named(project: Project) -> None:
