@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from .fingerprint import Change
 from .noise import bulk_ratio
 
-MARGIN = {"fp32": 2.0, "exact": 1.0}
+MARGIN = {"fp32": 4.0, "exact": 1.0}
 """Times the benign level that benign changes may reach as a whole, by compute class: docs/decisions/0008-rounding.md."""
 MARGIN_16_BIT = 1.1
 

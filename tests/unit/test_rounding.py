@@ -83,7 +83,7 @@ def test_what_needs_no_room_is_a_numerics_field() -> None:
 
 
 @pytest.mark.parametrize(
-    ("compute_class", "usual", "wide"), [("fp32", 2.0, 10.0), ("fp16", 1.1, 2.0), ("exact", 1.0, 1.0)]
+    ("compute_class", "usual", "wide"), [("fp32", 4.0, 10.0), ("fp16", 1.1, 2.0), ("exact", 1.0, 1.0)]
 )
 def test_margins_by_class(compute_class: str, usual: float, wide: float) -> None:
     assert suite_at(1.0, compute_class).margin == usual
