@@ -163,6 +163,49 @@ MODEL: dict[str, Defect] = {
 }  # fmt: skip
 
 
+# --- defects of decoding ----------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def generation(engine: Any, **settings: Any) -> Iterator[None]:
+    """Settings of the model's own `generate`, which nobody asked for."""
+    config = engine.model.generation_config
+    kept = {name: getattr(config, name) for name in settings}
+    for name, value in settings.items():
+        setattr(config, name, value)
+    try:
+        yield
+    finally:
+        for name, value in kept.items():
+            setattr(config, name, value)
+
+
+@contextmanager
+def padding_seen(engine: Any) -> Iterator[None]:
+    """An attention mask off by one under left padding: the last padding token is seen."""
+    generate = engine.model.generate
+
+    def off_by_one(**arguments: Any) -> Any:
+        mask = arguments["attention_mask"].clone()
+        first = mask.argmax(-1)
+        rows = first > 0
+        mask[rows, first[rows] - 1] = 1
+        return generate(**{**arguments, "attention_mask": mask})
+
+    engine.model.generate = off_by_one
+    try:
+        yield
+    finally:
+        del engine.model.generate
+
+
+DECODING: dict[str, Defect] = {
+    **{f"repetition penalty {p:g}": partial(generation, repetition_penalty=p) for p in (1.001, 1.01, 1.1)},
+    "stops after 64 tokens": partial(generation, max_new_tokens=64),
+    "attention mask off by one": padding_seen,
+}
+
+
 # --- defects of the prompt --------------------------------------------------------------------------------------------
 
 

@@ -52,6 +52,7 @@ class Golden:
         self.at = np.concatenate([[0], np.cumsum(kept["lengths"])])
         own = [np.load(work / f"{mode} here benign {name}.npz") for name in OWN]
         self.level = np.mean([self.mean(np.abs(d["gap"] - self.gap)) for d in own], axis=0)
+        self.tail = max(float(np.nanmax(np.abs(d["gap"] - self.gap))) for d in own)
         self.clip = float(np.quantile(np.concatenate([d["deficit"] for d in own]), 0.999))
 
     def mean(self, values: NDArray[Any]) -> Floats:
@@ -78,6 +79,15 @@ class Golden:
             dgap=dgap,
             dlogp=self.mean(np.abs(d["logprob"] - self.logprob[:n])),
         )
+
+    def decoded(self, path: Path) -> dict[str, int]:
+        """Prompts that part when they are decoded, and those whose deficit rounding cannot explain."""
+        d = np.load(path)
+        return {
+            "part": int(d["differs"].sum()),
+            "drift": int((d["deficit"] > self.tail).sum()),
+            "of": len(d["differs"]),
+        }
 
     def _first(self, flipped: NDArray[np.bool_], value: NDArray[np.bool_]) -> Floats:
         """The value where each prompt first parts; 0 where it does not."""
@@ -119,6 +129,9 @@ def separation(work: Path, mode: str) -> dict[str, Any]:
         "largest ratio of a benign suite": round(max(t.ratio for t in calm), 3),
         "largest ratio of a benign prompt": round(float(negatives["gap"].max()), 3),
         "defects": {name: row(golden, r, negatives, calm, mode) for name, r in defects.items()},
+        "decoding": {
+            p.stem.split(" decoding ")[1]: golden.decoded(p) for p in sorted(work.glob(f"{mode} * decoding *"))
+        },
     }
 
 

@@ -16,7 +16,8 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -112,6 +113,27 @@ class Cell:
         save(path, rank=ranks, top5=top5, **columns)
         print(path.stem, flush=True)
 
+    def keep_decoded(self, name: str, engine: Any, requests: list[Any]) -> None:
+        """What a check by decoding sees: which prompts part, and by which deficit."""
+        from pytest_repro.comparison import compare_decode
+        from pytest_repro.generation import Generation, Output
+
+        path = self.file(name)
+        if path.exists():
+            return
+        kept = np.load(self.work / f"{self.mode} golden.npz")
+        at = np.concatenate([[0], np.cumsum(kept["lengths"])])
+        spans = [slice(at[i], at[i + 1]) for i in range(len(requests))]
+        columns = ("tokens", "logprob", "gap", "runner_up")
+        then = [
+            Output(r.id, text="", finish_reason="stop", **{c: kept[c][s] for c in columns})
+            for r, s in zip(requests, spans, strict=True)
+        ]
+        now = [o for i in range(0, len(requests), BATCH) for o in engine.generate(requests[i : i + BATCH])]
+        seen = compare_decode(Generation.of(requests, then), Generation.of(requests, now))
+        save(path, differs=seen.differs, deficit=seen.deficit)
+        print(path.stem, flush=True)
+
     def run(self) -> None:
         import _defects
         import torch
@@ -120,9 +142,10 @@ class Cell:
             requests = self.golden(engine, self.requests(engine))
             if self.environment == "golden":
                 return
-            for name, replay in benign(engine):
+            here = self.environment == "here"
+            for name, replay in benign(engine) if here else islice(benign(engine), 2):
                 self.keep(f"benign {name}", lambda replay=replay: replay(requests))
-            if self.environment != "here":
+            if not here:
                 return
             some = requests[:DEFECT_PROMPTS]
             for name, defect in _defects.MODEL.items():
@@ -130,6 +153,9 @@ class Cell:
                     self.keep(f"defect {name}", lambda: engine.replay(some))
             for name, change in _defects.prompts(engine).items():
                 self.keep(f"defect {name}", lambda change=change: engine.replay([change(r) for r in some]))
+            for name, defect in {"none": nullcontext, **_defects.DECODING}.items():
+                with defect(engine):
+                    self.keep_decoded(f"decoding {name}", engine, some)
 
 
 RANKS: dict[str, tuple[Any, Any]] = {}

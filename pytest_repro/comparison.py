@@ -157,7 +157,7 @@ def compare_decode(golden: Generation, now: Generation) -> Comparison:
 def _deficit_at(golden: Generation, now: Generation, then: Ints, here: Ints) -> Floats:
     """max(l) - l[golden token] where the texts part: watched, or the gap if the golden's token is the runner-up now.
 
-    Greedy decoding chose the largest logit, so the deficit is the chosen token's log-probability less the golden's.
+    Greedy decoding chooses the largest logit, so the deficit is the chosen token's log-probability less the golden's.
     """
     chosen = _take(now.logprob, here, np.nan).astype(np.float64)
     runner_up = np.where(
@@ -166,8 +166,9 @@ def _deficit_at(golden: Generation, now: Generation, then: Ints, here: Ints) -> 
     if now.reference_logprob is None:
         return np.where(np.isnan(runner_up), np.inf, runner_up)
     watched = chosen - _take(now.reference_logprob, here, np.nan)
-    # What was watched is exact; differences of two nearly equal log-probabilities may come out a hair below zero.
-    known = np.where(np.isnan(watched), runner_up, np.maximum(watched, 0.0))
+    # What was watched is exact. Below zero, the golden's token is the likelier one and was passed over: a sampler that is
+    # not greedy, by so much.
+    known = np.where(np.isnan(watched), runner_up, np.abs(watched))
     out: Floats = np.where(np.isnan(known), np.inf, known)
     return out
 

@@ -64,7 +64,7 @@ def test_decode_of_some_prompts_in_another_order() -> None:
     [
         (output("p", [1, 9], logprob=[-0.5, -0.25], watched=[-0.5, -1.0]), 0.75),
         (output("p", [1, 9], logprob=[-0.5, -0.5], watched=[-0.5, -0.5]), 0.0),
-        (output("p", [1, 9], logprob=[-0.5, -0.5], watched=[-0.5, -0.25]), 0.0),
+        (output("p", [1, 9], logprob=[-0.5, -0.5], watched=[-0.5, -0.25]), 0.25),
         (output("p", [1, 9], runner_up=[99, 2], gap=[1.0, 0.125]), 0.125),
         (output("p", [1, 9], runner_up=[99, 2], gap=[1.0, 0.125], logprob=[0, -0.25], watched=[0, -0.5]), 0.25),
         (output("p", [1, 9], runner_up=[99, 2], gap=[1.0, 0.0]), 0.0),
@@ -76,7 +76,7 @@ def test_decode_of_some_prompts_in_another_order() -> None:
         (output("p", [1, 2]), 0.0),
     ],
     ids=[
-        "watched", "watched-tie", "watched-a-hair-above", "runner-up", "watched-before-runner-up", "runner-up-tie",
+        "watched", "watched-tie", "passed-over-by-a-sampler", "runner-up", "watched-before-runner-up", "runner-up-tie",
         "another-runner-up", "gap-unknown", "no-runner-up", "ended-early", "went-on", "same",
     ],
 )  # fmt: skip
@@ -186,7 +186,7 @@ def naive_decode(golden: Generation, now: Generation) -> dict[str, dict[str, flo
             gap, token = float(golden.gap[a][first]), new[first]
             deficit = inf
             if not math.isnan(watched[first]):
-                deficit = max(0.0, float(now.logprob[b][first]) - watched[first])
+                deficit = abs(float(now.logprob[b][first]) - watched[first])
             elif int(now.runner_up[b][first]) == old[first]:
                 deficit = float(now.gap[b][first])
         elif first >= 0:
