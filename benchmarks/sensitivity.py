@@ -131,7 +131,7 @@ class Cell:
         ]
         now = [o for i in range(0, len(requests), BATCH) for o in engine.generate(requests[i : i + BATCH])]
         seen = compare_decode(Generation.of(requests, then), Generation.of(requests, now))
-        save(path, differs=seen.differs, deficit=seen.deficit)
+        save(path, differs=seen.differs, deficit=seen.deficit, dgap=seen.mean_abs_dgap)
         print(path.stem, flush=True)
 
     def run(self) -> None:

@@ -61,7 +61,7 @@ class Comparison:
     max_abs_dlogp: Floats
     """The largest of them."""
     max_abs_dgap: Floats
-    """Largest change of the gap to the recorded runner-up, nats; NaN where unknown (decode does not observe it)."""
+    """Largest change of the gap to the recorded runner-up, nats; decoding sees it where that is the runner-up now."""
     mean_abs_dgap: Floats
     """Its mean |change|."""
     compared: Ints
@@ -134,6 +134,7 @@ def compare_decode(golden: Generation, now: Generation) -> Comparison:
     seen = np.arange(len(at)) - starts[owner] <= np.where(hit, first, common)[owner]
     dlogp = np.abs(logprob_of_golden_token(golden, now, at, at_now) - golden.logprob[at].astype(np.float64))
     dlogp = np.where(seen, dlogp, np.nan)
+    dgap = np.where(seen, _gaps_moved(golden, now, at, at_now), np.nan)
 
     inside = hit & ~ended_early
     then = golden.offsets[:-1][rows] + np.where(inside, first, 0)
@@ -148,10 +149,17 @@ def compare_decode(golden: Generation, now: Generation) -> Comparison:
         token_now=np.where(inside, _take(now.tokens, here, -1), -1),
         mean_abs_dlogp=_mean(dlogp, owner, len(rows)),
         max_abs_dlogp=_max(dlogp, starts),
-        max_abs_dgap=np.full(len(rows), np.nan),
-        mean_abs_dgap=np.full(len(rows), np.nan),
+        max_abs_dgap=_max(dgap, starts),
+        mean_abs_dgap=_mean(dgap, owner, len(rows)),
         compared=np.bincount(owner[seen], minlength=len(rows)).astype(np.int64),
     )
+
+
+def _gaps_moved(golden: Generation, now: Generation, at: Ints, at_now: Ints) -> Floats:
+    """|Change of the gap| at flat positions, where the same two tokens are the best; NaN elsewhere."""
+    same = (golden.tokens[at] == now.tokens[at_now]) & (golden.runner_up[at] == now.runner_up[at_now])
+    out: Floats = np.where(same, np.abs(now.gap[at_now].astype(np.float64) - golden.gap[at]), np.nan)
+    return out
 
 
 def _deficit_at(golden: Generation, now: Generation, then: Ints, here: Ints) -> Floats:

@@ -393,6 +393,8 @@ def _numbers(
             raise GoldenError(f"text and binary parts disagree about {name}", where=binary, fix=regenerate)
     for level, of in (("noise.prompt_level", "max_abs_dlogp"), ("noise.gap_level", "max_abs_dgap")):
         largest = max((variant[of] for variant in header["noise"]["variants"]), default=np.inf)
+        if np.any(tensors[level] < 0):
+            raise GoldenError("a prompt's noise level is negative", where=f"{binary} [{level}]", fix=regenerate)
         if np.any(tensors[level] > 1.001 * largest):  # float32 holds the one, JSON the other
             what = f"a prompt's noise level exceeds {largest:g}, the largest difference that was measured"
             raise GoldenError(what, where=f"{binary} [{level}]", fix=regenerate)

@@ -24,6 +24,8 @@ from .result import Check, PromptResult, SuiteResult, Texts
 from .suite import SUITE_ITEMS, Shard, Suite
 from .verdict import Evidence, Judgement, Verdict, judge
 
+FARTHEST = 1e30
+"""Stands for an infinite change, which JSON cannot hold."""
 CONTEXT_TOKENS = (12, 8)
 """Tokens shown before and after a divergence."""
 
@@ -269,6 +271,7 @@ class _View:
         """One prompt with verdict, numbers and texts."""
         seen, shown = self._evidence(prompt.id)
         replayed = _row(self.gathered.replayed, self.replayed.get(prompt.id))
+        decoded = _row(self.gathered.decoded, self.decoded.get(prompt.id))
         verdict: Judgement = judge(seen, result.thresholds.fp32_waiver, fp32)
         row = self.place[prompt.id]
         index = int(shown.divergence_index) if shown.divergence_index >= 0 else None
@@ -288,7 +291,8 @@ class _View:
             golden_gap=finite(shown.golden_gap),
             mean_abs_dlogp=finite(seen.mean_abs_dlogp),
             benign_dlogp=finite(seen.level),
-            mean_abs_dgap=finite(replayed.mean_abs_dgap) if replayed else None,
+            mean_abs_dgap=_change(replayed.mean_abs_dgap) if replayed else None,
+            decoded_dgap=_change(decoded.mean_abs_dgap) if decoded else None,
             benign_dgap=finite(float(self.golden.noise.gap_level[row])),
             golden_text=self._golden_text(row, index),
             now_text=self._now_text(prompt.id, row, index, int(shown.token_now)),
@@ -355,6 +359,11 @@ class _View:
         if name in self.decoded and now is not None:
             return now.length(self.answered[name])
         return self.golden.generation.length(row) if index is None else None
+
+
+def _change(value: float) -> float | None:
+    """A mean change as reports hold it: infinite where a runner-up was ruled out, None where it is unknown."""
+    return None if np.isnan(value) else min(value, FARTHEST)
 
 
 def _row(comparison: Comparison | None, i: int | None) -> Row | None:

@@ -74,11 +74,6 @@ class Envelope:
         """Typical benign |Δlogp| of the suite, nats."""
         return float(np.mean([v.mean_abs_dlogp for v in self.variants])) if self.variants else 0.0
 
-    @property
-    def mean_abs_dgap(self) -> float:
-        """Typical benign change of a gap over the suite, nats; 0 where none is known."""
-        return _safe(np.mean, self.gap_level.astype(np.float64))
-
     def level(self, row: int) -> float:
         """The benign level a prompt is held against, nats.
 

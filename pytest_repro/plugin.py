@@ -278,9 +278,11 @@ class ModeNode(pytest.Collector):
 
     def result(self) -> dict[str, Any]:
         """The checked suite, run now if it was not."""
+        from .suite import MOVED
+
         if self._result is None:
             names = {item.name for item in self.session.items if item.parent is self}
-            whole = names & {"accuracy", "length"}
+            whole = names & set(MOVED)
             prompts = frozenset(p.id for p in self.suite.prompts if p.id in names)
             self._result = self.config.stash[STATE].check(self.suite, self.name, selected=None if whole else prompts)
         return self._result

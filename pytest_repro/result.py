@@ -42,6 +42,8 @@ class PromptResult:
     """The prompt's benign mean |Δlogp|."""
     mean_abs_dgap: float | None = None
     """Mean |change of the gap to the recorded runner-up|; None where it was not replayed."""
+    decoded_dgap: float | None = None
+    """The same of what was decoded, up to where the texts part."""
     benign_dgap: float | None = None
     """The prompt's benign mean |change of that gap|."""
     golden_text: Texts | None = None

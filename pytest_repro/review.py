@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from . import candidate, fingerprint, probe, verification
 from .accuracy import paired_test
 from .errors import ConfigError, GoldenError
@@ -17,8 +19,10 @@ from .text import inert
 from .verdict import Verdict, failures
 from .wording import word_diff
 
-GREW = {"mean_abs_dlogp": 1.5, "max_deficit": 1.5, "mean_abs_dgap": 1.25}
-"""Measures of an envelope, and the times that they may grow unremarked. The last is what a whole suite is held against."""
+GREW = {"mean_abs_dlogp": 1.5, "max_deficit": 1.5}
+"""Measures of an envelope, and the times that they may grow unremarked."""
+GAPS_GREW = 1.25
+"""The same for the median prompt's change of its gaps, which a whole suite is held against."""
 LEVEL_GREW = 3.0
 """Times that one prompt's noise level may grow unremarked: another text has another level."""
 
@@ -146,7 +150,24 @@ def _envelope(old: Golden | None, new: Golden) -> list[dict[str, Any]]:
         return []
     measures = [(name, getattr(old.noise, name), getattr(new.noise, name)) for name in GREW]
     grown = [{"measure": name, "golden": then, "now": now} for name, then, now in measures if now > GREW[name] * then]
-    return grown + _grown_levels(old, new)
+    return [*grown, *_grown_gaps(old, new), *_grown_levels(old, new)]
+
+
+def _grown_gaps(old: Golden, new: Golden) -> list[dict[str, Any]]:
+    """The benign change of gaps, if the median prompt's grew, or if it was known and is known no more."""
+    then, now = old.generation.index(), new.generation.index()
+    common = [name for name in now if name in then]
+    before = old.noise.gap_level[[then[name] for name in common]].astype(np.float64)
+    after = new.noise.gap_level[[now[name] for name in common]].astype(np.float64)
+    known = np.isfinite(before) & (before > 0)
+    if not known.any():
+        return []
+    then_level = float(np.median(before[known]))
+    if np.isnan(after[known]).any():
+        return [{"measure": "benign change of gaps, not known any more:", "golden": then_level, "now": 0.0}]
+    ratio = float(np.median(after[known] / before[known]))
+    grown = {"measure": "benign change of gaps", "golden": then_level, "now": then_level * ratio}
+    return [grown] if ratio > GAPS_GREW else []
 
 
 def _grown_levels(old: Golden, new: Golden) -> list[dict[str, Any]]:

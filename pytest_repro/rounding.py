@@ -21,13 +21,23 @@ MARGIN = {"fp32": 4.0, "exact": 1.0}
 """Times the benign level that benign changes may reach as a whole, by compute class: docs/decisions/0008-rounding.md."""
 MARGIN_16_BIT = 1.1
 
-MEASURED = (
-    "batch_size", "threads", "interop_threads", "attention", "env.OMP_NUM_THREADS", "env.MKL_NUM_THREADS",
-    "compute_class", "numerics", "dtype", "quantization", "kv_cache_dtype", "autocast", "fp32_precision.*",
-    "reduced_precision.*",
+PRECISION = (
+    "compute_class", "numerics", "dtype", "quantization", "kv_cache_dtype", "autocast", "fp32_precision.*", "reduced_precision.*",
+    "env.NVIDIA_TF32_OVERRIDE", "env.TORCH_ALLOW_TF32_CUBLAS_OVERRIDE", "env.ONEDNN_DEFAULT_FPMATH_MODE", "engine.round_weights",
+    "engine.claimed.dtype", "engine.claimed.*quant*", "engine.claimed.kv_cache*",
 )  # fmt: skip
-"""Numerics fields that call for no more room when they differ: what the envelope measured, and precision itself, which is
-what the test is to see. Whatever else differs runs other kernels, whose noise nobody measured for this golden."""
+"""Fields that get no room when they differ: precision itself is what the test is to see."""
+NO_KERNELS = ("env.PYTHONHASHSEED", "env.CUDA_LAUNCH_BLOCKING")
+"""Numerics fields that choose no kernel."""
+MEASURED = {
+    "batch_size": "replay",
+    "attention": "attention",
+    "threads": "thread",
+    "interop_threads": "thread",
+    "env.OMP_NUM_THREADS": "thread",
+    "env.MKL_NUM_THREADS": "thread",
+}
+"""Field -> the word in a variant's name that tells that the envelope measured it."""
 
 _FARTHEST = 50.0
 """Largest |log ratio| that is ranked: a benign level of zero makes it infinite."""
@@ -49,18 +59,24 @@ class RoundingTest:
     """Fields that differ and that the golden's envelope does not cover: `margin` is the wide one for them."""
     p_value: float
     """Of a median ratio this large or larger if the true one is `margin`; one-sided."""
+    ranked: int
+    """Prompts not exactly at the margin, which Wilcoxon's test ranks."""
 
     def fails(self, alpha: float) -> bool:
         """More than rounding: beyond the margin, and not by the luck of the prompts."""
-        return self.ratio > self.margin and self.p_value <= alpha
+        return self.ratio > self.margin and self.can_fail(alpha) and self.p_value <= alpha
 
     def can_fail(self, alpha: float) -> bool:
         """Whether so few prompts could fail at all."""
-        return 0.5**self.prompts <= alpha
+        return 0.5**self.ranked <= alpha
 
 
 def rounding_test(
-    moved: NDArray[np.float64], levels: NDArray[np.float64], compute_class: str, changes: Sequence[Change]
+    moved: NDArray[np.float64],
+    levels: NDArray[np.float64],
+    compute_class: str,
+    changes: Sequence[Change],
+    variants: Sequence[str],
 ) -> RoundingTest | None:
     """Wilcoxon's signed-rank test of log(moved / level) against log(margin), one-sided (Wilcoxon 1945).
 
@@ -69,25 +85,29 @@ def rounding_test(
         levels: each prompt's benign mean |Δgap|, nats, shape (P,); NaN where it is not known.
         compute_class: of the golden.
         changes: how the environments differ.
+        variants: names of the benign changes that the golden's envelope was measured from.
 
     Returns:
         None without a prompt of which both are known.
     """
-    seen = np.isfinite(moved) & np.isfinite(levels)
+    seen = ~np.isnan(moved) & np.isfinite(levels)
     if not seen.any():
         return None
     ratios = _ratios(moved[seen], levels[seen])
-    unmeasured = tuple(c.field for c in changes if c.cls == "numerics" and not _measured(c.field))
+    numerics = dict.fromkeys(c.field for c in changes if c.cls == "numerics")
+    unmeasured = tuple(field for field in numerics if not _needs_no_room(field, variants))
     usual = MARGIN.get(compute_class, MARGIN_16_BIT)
     margin = bulk_ratio(compute_class) if unmeasured else usual
+    excess = ratios - np.log(margin)
     return RoundingTest(
         prompts=len(ratios),
-        ratio=float(np.exp(np.median(ratios))),
-        above=int((ratios > np.log(margin)).sum()),
+        ratio=float(np.median(np.where(ratios > -_FARTHEST, np.exp(ratios), 0.0))),
+        above=int((excess > 0).sum()),
         margin=margin,
         usual=usual,
         unmeasured=unmeasured,
-        p_value=_p_value(ratios - np.log(margin)),
+        p_value=_p_value(excess[excess != 0]),
+        ranked=int((excess != 0).sum()),
     )
 
 
@@ -99,12 +119,14 @@ def _ratios(now: NDArray[np.float64], level: NDArray[np.float64]) -> NDArray[np.
 
 
 def _p_value(excess: NDArray[np.float64]) -> float:
-    if not excess.any():
+    if not len(excess):
         return 1.0
     from scipy.stats import wilcoxon  # takes a second to import
 
     return float(wilcoxon(excess, alternative="greater").pvalue)
 
 
-def _measured(field: str) -> bool:
-    return any(fnmatchcase(field, pattern) for pattern in MEASURED)
+def _needs_no_room(field: str, variants: Sequence[str]) -> bool:
+    if field in MEASURED:
+        return any(MEASURED[field] in name for name in variants)
+    return any(fnmatchcase(field, pattern) for pattern in (*PRECISION, *NO_KERNELS))

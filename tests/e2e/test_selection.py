@@ -271,3 +271,10 @@ def test_workers_share_one_run_of_a_selection_too(accepted: Project) -> None:
     assert result.rc == 0, result.text
     (suite,) = json.loads((accepted.root / "r.json").read_text())["suites"]
     assert [p["id"] for p in suite["prompts"]] == ["a", "b", "c"]
+
+
+def test_a_check_of_the_whole_suite_alone_runs_the_whole_suite(accepted: Project) -> None:
+    for name in ("rounding", "accuracy", "length"):
+        result = accepted.check(where=f"golden/demo/suite.toml::bf16::{name}")
+        assert result.rc == 0
+        assert "4 identical" in result.out, name

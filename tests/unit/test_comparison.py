@@ -96,7 +96,7 @@ def test_decode_numbers_count_up_to_and_including_the_first_divergence() -> None
     found = compare_decode(golden, generation(now))
     # |Δ| of the golden's tokens: 0.25, 0, 0.5 (watched); what comes later answers another prefix.
     assert found.mean_abs_dlogp.tolist() == [0.25] and found.max_abs_dlogp.tolist() == [0.5]
-    assert found.compared.tolist() == [3] and math.isnan(found.max_abs_dgap[0])
+    assert found.compared.tolist() == [3] and found.max_abs_dgap.tolist() == [0.0]
     blind = compare_decode(golden, unwatched(now))
     assert blind.mean_abs_dlogp.tolist() == [0.125] and blind.max_abs_dlogp.tolist() == [0.25]
 
@@ -192,10 +192,17 @@ def naive_decode(golden: Generation, now: Generation) -> dict[str, dict[str, flo
         elif first >= 0:
             deficit = inf
         known = [m for m in moved if not math.isnan(m)]
+        pairs = [
+            t
+            for t in range(common if first < 0 else min(first, common))
+            if golden.runner_up[a][t] == now.runner_up[b][t]
+        ]
+        dgap = [d for t in pairs if not math.isnan(d := abs(float(now.gap[b][t]) - float(golden.gap[a][t])))]
         found[name] = {
             "divergence_index": first, "deficit": deficit, "golden_gap": gap, "token_now": token,
             "deficit_index": first, "mean_abs_dlogp": sum(known) / len(known) if known else nan,
-            "max_abs_dlogp": max(known, default=nan), "max_abs_dgap": nan,
+            "max_abs_dlogp": max(known, default=nan), "max_abs_dgap": max(dgap, default=nan),
+            "mean_abs_dgap": sum(dgap) / len(dgap) if dgap else nan,
         }  # fmt: skip
     return found
 
@@ -214,7 +221,7 @@ def naive_replay(golden: Generation, replays: list[Scores]) -> dict[str, dict[st
             "deficit": float(s.deficit[worst]) if flips else 0.0, "token_now": int(s.top[flips[0]]) if flips else -1,
             "golden_gap": float(golden.gap[a][flips[0]]) if flips else nan,
             "mean_abs_dlogp": sum(moved) / len(moved) if moved else nan, "max_abs_dlogp": max(moved, default=nan),
-            "max_abs_dgap": max(dgap, default=nan),
+            "max_abs_dgap": max(dgap, default=nan), "mean_abs_dgap": sum(dgap) / len(dgap) if dgap else nan,
         }  # fmt: skip
     return found
 

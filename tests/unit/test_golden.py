@@ -295,6 +295,13 @@ def test_a_level_that_nothing_measured_explains_is_refused() -> None:
     assert caught.value.where == f"{BINARY} [noise.prompt_level]"
 
 
+@pytest.mark.parametrize("name", ["noise.prompt_level", "noise.gap_level"])
+def test_a_level_below_zero_is_refused(name: str) -> None:
+    with pytest.raises(GoldenError, match="a prompt's noise level is negative") as caught:
+        read(*with_numbers(lambda t: t.update({name: f32([0.125, -1e-9, 0.125])})))
+    assert caught.value.where == f"{BINARY} [{name}]"
+
+
 @pytest.mark.parametrize("numbers", [b"", b"not safetensors", b"\xff" * 64], ids=["empty", "words", "huge-header"])
 def test_a_foreign_binary_part_that_is_signed_for(numbers: bytes) -> None:
     with pytest.raises(GoldenError, match="the binary part cannot be read"):

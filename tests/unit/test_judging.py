@@ -310,6 +310,13 @@ def test_outputs_that_part_where_the_environment_can_be_put_back_name_bisect() -
     )
 
 
+@pytest.mark.parametrize("again", ["golden/s 'x", "golden/s --repro-batch-size"])
+def test_a_command_that_was_tampered_with_breaks_nothing(again: str) -> None:
+    parted = judged("a", Verdict.DRIFT, divergence_index=1, deficit=1.0)
+    result = suite_result(parted, environment_diff=(Change("batch_size", "numerics", 8, 1),), again=again)
+    assert checks.summed_up(result).next_steps
+
+
 @pytest.mark.parametrize(
     ("changes", "more"),
     [

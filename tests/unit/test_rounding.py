@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -10,11 +11,12 @@ import pytest
 
 from pytest_repro import checks
 from pytest_repro.fingerprint import SUSPECTS, Change, class_of
-from pytest_repro.rounding import MEASURED, rounding_test
+from pytest_repro.rounding import MEASURED, NO_KERNELS, PRECISION, rounding_test
 from pytest_repro.suite import Thresholds
 from pytest_repro.verdict import Verdict
-from tests.unit.builders import judged, suite_result
+from tests.unit.builders import SETTINGS, judged, suite_result
 
+VARIANTS = ("replay", "replay, batch size 1", "replay, 1 thread", "replay, eager attention")
 LEVELS = np.geomspace(1e-3, 1e-1, 32)
 """Prompts whose benign levels differ a hundredfold."""
 
@@ -25,7 +27,7 @@ def spread(factor: float, seed: int = 0) -> np.ndarray:
 
 
 def suite_at(factor: float, compute_class: str = "bf16", *changes: Change, seed: int = 0) -> Any:
-    found = rounding_test(spread(factor, seed), LEVELS, compute_class, changes)
+    found = rounding_test(spread(factor, seed), LEVELS, compute_class, changes, VARIANTS)
     assert found is not None
     return found
 
@@ -44,7 +46,7 @@ def test_what_benign_changes_do_passes() -> None:
 def test_one_wild_prompt_is_its_own_business() -> None:
     moved = spread(1.0)
     moved[3] *= 1e6
-    found = rounding_test(moved, LEVELS, "bf16", ())
+    found = rounding_test(moved, LEVELS, "bf16", (), VARIANTS)
     assert found is not None and not found.fails(0.05)
 
 
@@ -58,7 +60,8 @@ def test_at_the_margin_itself_the_false_alarm_rate_is_alpha() -> None:
     ("field", "margin"),
     [
         ("batch_size", 1.1), ("threads", 1.1), ("attention", 1.1), ("quantization", 1.1), ("fp32_precision.cuda", 1.1),
-        ("torch", 2.0), ("engine", 2.0), ("device_class", 2.0), ("cpu_capability", 2.0), ("env.MKL_CBWR", 2.0),
+        ("torch", 2.0), ("engine", 2.0), ("env.NVIDIA_TF32_OVERRIDE", 1.1), ("engine.claimed.quantization", 1.1),
+        ("engine.round_weights", 1.1), ("env.PYTHONHASHSEED", 1.1), ("device_class", 2.0), ("cpu_capability", 2.0), ("env.MKL_CBWR", 2.0),
         ("engine.block_size", 2.0), ("driver", 2.0),
     ],
 )  # fmt: skip
@@ -77,9 +80,26 @@ def test_other_classes_of_fields_take_no_room() -> None:
 
 
 def test_what_needs_no_room_is_a_numerics_field() -> None:
-    plain = {name for name in MEASURED if "*" not in name}
-    assert {class_of(name) for name in plain} == {"numerics"}
-    assert all(any(name.startswith(p[:-1]) for name in SUSPECTS) for p in set(MEASURED) - plain)
+    assert {class_of(name) for name in (*MEASURED, *NO_KERNELS)} == {"numerics"}
+    known = {name for name in PRECISION if "*" not in name}
+    assert {class_of(name) for name in known} == {"numerics"}
+    assert {name for name in known if not name.startswith(("env.", "engine."))} <= set(SUSPECTS)
+
+
+@pytest.mark.parametrize(
+    ("field", "variants"),
+    [("threads", ("replay", "replay, batch size 1")), ("attention", ("replay, 1 thread",)), ("batch_size", ())],
+)
+def test_an_envelope_covers_only_what_it_was_measured_from(field: str, variants: tuple[str, ...]) -> None:
+    """vLLM's knows no other attention kernel, and a golden of one thread no other number of them."""
+    change = (Change(field, "numerics", 1, 2),)
+    found = [rounding_test(spread(1.3), LEVELS, "bf16", change, given) for given in (variants, VARIANTS)]
+    assert [test.margin for test in found if test] == [2.0, 1.1]
+
+
+def test_a_field_that_differs_twice_is_named_once() -> None:
+    changes = (Change("torch", "numerics", 1, 2), Change("torch", "numerics", 1, 3))
+    assert suite_at(1.0, "bf16", *changes).unmeasured == ("torch",)
 
 
 @pytest.mark.parametrize(
@@ -93,35 +113,49 @@ def test_margins_by_class(compute_class: str, usual: float, wide: float) -> None
 @pytest.mark.parametrize(("moved", "ratio", "fails"), [(0.0, 1.0, False), (1e-9, math.exp(50), True)])
 def test_a_level_of_zero(moved: float, ratio: float, fails: bool) -> None:
     """Exact numerics: nothing moves, or something is wrong."""
-    found = rounding_test(np.full(8, moved), np.zeros(8), "exact", ())
+    found = rounding_test(np.full(8, moved), np.zeros(8), "exact", (), VARIANTS)
     assert found is not None and found.ratio == pytest.approx(ratio) and found.fails(0.05) == fails
 
 
 def test_unknown_gaps_are_left_out() -> None:
     moved, levels = np.array([0.1, np.nan, 0.1, 0.1]), np.array([0.1, 0.1, np.nan, 0.1])
-    found = rounding_test(moved, levels, "bf16", ())
+    found = rounding_test(moved, levels, "bf16", (), VARIANTS)
     assert found is not None and found.prompts == 2
-    assert rounding_test(np.array([np.nan]), np.array([0.1]), "bf16", ()) is None
-    assert rounding_test(np.zeros(0), np.zeros(0), "bf16", ()) is None
+    assert rounding_test(np.array([np.nan]), np.array([0.1]), "bf16", (), VARIANTS) is None
+    assert rounding_test(np.zeros(0), np.zeros(0), "bf16", (), VARIANTS) is None
+
+
+def test_a_runner_up_that_was_ruled_out_moved_infinitely_far() -> None:
+    moved = LEVELS.copy()
+    moved[:27] = np.inf
+    found = rounding_test(moved, LEVELS, "bf16", (), VARIANTS)
+    assert found is not None and found.prompts == 32 and found.fails(0.05)
+
+
+def test_prompts_at_the_margin_itself_are_not_ranked() -> None:
+    moved = np.array([0.1, 1.0, 1.0, 1.0, 1.0])
+    found = rounding_test(moved, np.full(5, 0.1), "exact", (), VARIANTS)
+    assert found is not None and found.ranked == 4 and not found.can_fail(0.05) and not found.fails(0.05)
 
 
 def test_four_prompts_are_too_few_for_five_per_cent() -> None:
-    found = rounding_test(np.full(4, 1.0), np.full(4, 0.1), "bf16", ())
+    found = rounding_test(np.full(4, 1.0), np.full(4, 0.1), "bf16", (), VARIANTS)
     assert found is not None and not found.can_fail(0.05) and not found.fails(0.05)
-    found = rounding_test(np.full(5, 1.0), np.full(5, 0.1), "bf16", ())
+    found = rounding_test(np.full(5, 1.0), np.full(5, 0.1), "bf16", (), VARIANTS)
     assert found is not None and found.can_fail(0.05) and found.fails(0.05)
 
 
 # --- as a check of a suite ------------------------------------------------------------------------------------------
 
 
-def check(factor: float, count: int = 32, **more: Any) -> tuple[str, str]:
+def check(factor: float, count: int = 32, of: str = "mean_abs_dgap", **more: Any) -> tuple[str, str]:
     rows = [
-        judged(f"p{i}", mean_abs_dgap=float(m), benign_dgap=float(level), method=more.get("method", "replay"))
+        judged(f"p{i}", benign_dgap=float(level), method=more.get("method", "replay"), **{of: float(m)})
         for i, (m, level) in enumerate(zip(spread(factor)[:count], LEVELS, strict=False))
     ]
-    more = {name: value for name, value in more.items() if name != "method"}
+    more = {"envelope": {"variants": VARIANTS}, **{name: value for name, value in more.items() if name != "method"}}
     result = checks.summed_up(suite_result(*rows, **more))
+    assert ("pytest --repro-update" in str(result.next_steps)) == (not result.passed)
     found = next(c for c in result.checks if c.name == "rounding")
     assert result.passed == (found.status != "fail")
     assert all(p.verdict == Verdict.IDENTICAL for p in result.prompts)
@@ -133,7 +167,7 @@ def test_the_check_says_how_far_how_many_and_how_sure() -> None:
     assert status == "fail"
     assert (
         said.startswith("gaps moved 1.28 times the benign level")
-        and "(median of 32 prompts), more than rounding moves them" in said
+        and "(median of 32 prompts, replayed), more than rounding moves them" in said
     )
     assert "beyond 1.1, p = " in said
     status, said = check(1.0)
@@ -152,9 +186,34 @@ def test_too_few_prompts_are_told() -> None:
     assert status == "pass" and said.endswith("too few prompts to show more")
 
 
-def test_without_a_replay_nothing_is_judged() -> None:
-    status, said = check(3.0, method="decode")
-    assert status == "skip" and "--repro-method auto" in said
+def test_what_only_decoding_has_is_seen_in_what_was_decoded() -> None:
+    """An attention mask under left padding, a repetition penalty: the replay knows nothing of them."""
+    status, said = check(1.3, of="decoded_dgap", method="replay+decode")
+    assert status == "fail" and "(median of 32 prompts, decoded), more than rounding" in said
+
+
+def test_either_may_fail_the_suite_so_each_has_half_of_alpha() -> None:
+    """Five prompts can show 0.03: enough for one test at 5 %, and not for one of two."""
+    rows = [judged(f"p{i}", mean_abs_dgap=1.0, decoded_dgap=0.1, benign_dgap=0.1) for i in range(5)]
+    both = checks.summed_up(suite_result(*rows))
+    alone = checks.summed_up(suite_result(*(replace(row, decoded_dgap=None) for row in rows)))
+    assert both.passed and not alone.passed
+
+
+def test_what_was_replayed_because_it_looked_odd_is_not_judged() -> None:
+    asked = {"settings": {**SETTINGS, "method": "decode"}}
+    assert check(3.0, method="replay+decode", **asked)[0] == "skip"
+    assert check(3.0, of="decoded_dgap", method="decode", **asked)[0] == "fail"
+
+
+def test_without_gaps_nothing_is_judged() -> None:
+    status, said = check(math.nan)
+    assert status == "skip" and "knows no gaps" in said
+
+
+def test_bits_that_are_the_golden_s_own_moved_by_nothing() -> None:
+    status, said = check(0.0, of="decoded_dgap", method="decode")
+    assert status == "pass" and said.startswith("gaps moved 0 times")
 
 
 def test_a_waiver_of_everything_waives_it_where_fp32_was_observed() -> None:
