@@ -80,7 +80,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
     add("--repro-shard", metavar="I/N",
         help="take part I of N of every suite, in whole batches (batch k is in part k mod N + 1). --repro-check: a count "
-        "or share in [thresholds] is held against the part's own prompts, accuracy and length are not judged; "
+        "or share in [thresholds] is held against the part's own prompts, rounding, accuracy and length are not judged; "
         "pytest-repro merge --report judges all parts together. --repro-update: then pytest-repro merge")  # fmt: skip
     add("--repro-report-json", metavar="FILE", help="write the report as JSON")
     add("--repro-report-html", metavar="FILE", help="write the report as one HTML file, which opens offline")

@@ -90,7 +90,7 @@ def _head(suite: Mapping[str, Any]) -> Iterator[Line]:
     yield f"      {counts}" + (f"            {rules}" if rules else ""), ""
     if suite["shard"]:
         yield (
-            f"      shard {suite['shard']}: accuracy, length and thresholds of the whole: pytest-repro merge --report",
+            f"      shard {suite['shard']}: rounding, accuracy, length and thresholds of the whole: pytest-repro merge --report",
             "",
         )
     moved = suite["metrics"].get("mean_abs_dlogp")
