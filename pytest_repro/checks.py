@@ -73,11 +73,9 @@ def _moved(result: SuiteResult) -> dict[str, RoundingTest]:
     if result.shard is not None:
         return {}
     compared = [p for p in result.prompts if p.method]
-    changes = {"decoded": [p.decoded_dgap for p in compared]}
-    if (
-        result.settings.get("method") != "decode"
-    ):  # where only what looked odd was replayed, that says nothing of the rest
-        changes = {"replayed": [p.mean_abs_dgap for p in compared], **changes}
+    changes = {"replayed": [p.mean_abs_dgap for p in compared], "decoded": [p.decoded_dgap for p in compared]}
+    if result.settings.get("method") == "decode":
+        del changes["replayed"]  # only what looked odd was: that says nothing of the rest
     levels = np.array([p.benign_dgap for p in compared], np.float64)
     compute_class = result.golden["name"].partition("@")[0]
     variants = (result.envelope or {}).get("variants", ())
@@ -112,7 +110,7 @@ def _rounding(result: SuiteResult, tests: Mapping[str, RoundingTest]) -> Check:
 
 def _clearest(tests: Mapping[str, RoundingTest]) -> tuple[str, RoundingTest]:
     """The test that says most against rounding; the replay's where they say the same."""
-    return min(tests.items(), key=lambda item: item[1].p_value)
+    return min(tests.items(), key=lambda item: (item[1].ratio <= item[1].margin, item[1].p_value))
 
 
 def _few(names: Sequence[str]) -> str:
