@@ -137,7 +137,7 @@ def separation(work: Path, mode: str) -> dict[str, Any]:
 
 def tested(golden: Golden, replay: Replay, mode: str, rows: Any) -> Any:
     """The check of one suite, as pytest-repro makes it."""
-    found = rounding_test(replay.dgap[rows], golden.level[rows], mode, ())
+    found = rounding_test(replay.dgap[rows], golden.level[rows], mode, (), OWN)
     assert found is not None
     return found
 
