@@ -80,15 +80,6 @@ class Golden:
             dlogp=self.mean(np.abs(d["logprob"] - self.logprob[:n])),
         )
 
-    def decoded(self, path: Path) -> dict[str, int]:
-        """Prompts that part when they are decoded, and those whose deficit rounding cannot explain."""
-        d = np.load(path)
-        return {
-            "part": int(d["differs"].sum()),
-            "drift": int((d["deficit"] > self.tail).sum()),
-            "of": len(d["differs"]),
-        }
-
     def _first(self, flipped: NDArray[np.bool_], value: NDArray[np.bool_]) -> Floats:
         """The value where each prompt first parts; 0 where it does not."""
         prompts = int(np.searchsorted(self.at, len(flipped)))
@@ -112,7 +103,11 @@ def auc(positive: Floats, negative: Floats) -> float:
 def separation(work: Path, mode: str) -> dict[str, Any]:
     """Figures of one compute class."""
     golden = Golden(work, mode)
-    cells = {p.stem.removeprefix(f"{mode} "): golden.replay(p) for p in sorted(work.glob(f"{mode} *benign*.npz"))}
+    cells = {
+        p.stem.removeprefix(f"{mode} "): golden.replay(p)
+        for p in sorted(work.glob(f"{mode} *benign*.npz"))
+        if " decoding " not in p.stem
+    }
     defects = {p.stem.split(" defect ")[1]: golden.replay(p) for p in sorted(work.glob(f"{mode} * defect *.npz"))}
     unseen = {name: r for name, r in cells.items() if name.removeprefix("here benign ") not in OWN}
     random = np.random.default_rng(0)
@@ -130,8 +125,23 @@ def separation(work: Path, mode: str) -> dict[str, Any]:
         "largest ratio of a benign prompt": round(float(negatives["gap"].max()), 3),
         "defects": {name: row(golden, r, negatives, calm, mode) for name, r in defects.items()},
         "decoding": {
-            p.stem.split(" decoding ")[1]: golden.decoded(p) for p in sorted(work.glob(f"{mode} * decoding *"))
+            p.stem.split(" decoding ")[1]: decoded(golden, p, mode) for p in sorted(work.glob(f"{mode} * decoding *"))
         },
+    }
+
+
+def decoded(golden: Golden, path: Path, mode: str) -> dict[str, Any]:
+    """Prompts that part when they are decoded, those whose deficit rounding cannot explain, and the suite's test."""
+    d = np.load(path)
+    found = rounding_test(d["dgap"], golden.level[: len(d["dgap"])], mode, (), OWN)
+    assert found is not None
+    return {
+        "part": int(d["differs"].sum()),
+        "drift": int((d["deficit"] > golden.tail).sum()),
+        "of": len(d["differs"]),
+        "ratio": float(f"{found.ratio:.4g}"),
+        "p": float(f"{found.p_value:.2g}"),
+        "suite": "fails" if found.fails(ALPHA) else "passes",
     }
 
 

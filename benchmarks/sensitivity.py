@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -113,8 +113,8 @@ class Cell:
         save(path, rank=ranks, top5=top5, **columns)
         print(path.stem, flush=True)
 
-    def keep_decoded(self, name: str, engine: Any, requests: list[Any]) -> None:
-        """What a check by decoding sees: which prompts part, and by which deficit."""
+    def keep_decoded(self, name: str, engine: Any, requests: list[Any], size: int = BATCH) -> None:
+        """What a check by decoding sees: which prompts part, by which deficit, and how far the gaps moved before."""
         from pytest_repro.comparison import compare_decode
         from pytest_repro.generation import Generation, Output
 
@@ -129,7 +129,7 @@ class Cell:
             Output(r.id, text="", finish_reason="stop", **{c: kept[c][s] for c in columns})
             for r, s in zip(requests, spans, strict=True)
         ]
-        now = [o for i in range(0, len(requests), BATCH) for o in engine.generate(requests[i : i + BATCH])]
+        now = [o for i in range(0, len(requests), size) for o in engine.generate(requests[i : i + size])]
         seen = compare_decode(Generation.of(requests, then), Generation.of(requests, now))
         save(path, differs=seen.differs, deficit=seen.deficit, dgap=seen.mean_abs_dgap)
         print(path.stem, flush=True)
@@ -153,7 +153,11 @@ class Cell:
                     self.keep(f"defect {name}", lambda: engine.replay(some))
             for name, change in _defects.prompts(engine).items():
                 self.keep(f"defect {name}", lambda change=change: engine.replay([change(r) for r in some]))
-            for name, defect in {"none": nullcontext, **_defects.DECODING}.items():
+            for size in (BATCH, 4, DEFECT_PROMPTS):
+                self.keep_decoded(f"decoding benign batch size {size}", engine, some, size)
+            with _threads(1):
+                self.keep_decoded("decoding benign 1 thread", engine, some)
+            for name, defect in _defects.DECODING.items():
                 with defect(engine):
                     self.keep_decoded(f"decoding {name}", engine, some)
 
@@ -185,8 +189,6 @@ def _column(tokens: Any) -> Any:
 
 def benign(engine: Any) -> Iterator[tuple[str, Callable[[Sequence[Any]], Any]]]:
     """Ways to replay that change rounding alone: the engine's own, batches of other sizes, and two at once."""
-    import torch
-
     from pytest_repro.engines.base import no_tick
 
     for name, run in engine.benign():
@@ -195,14 +197,22 @@ def benign(engine: Any) -> Iterator[tuple[str, Callable[[Sequence[Any]], Any]]]:
         yield f"{positions} positions at once", lambda r, p=positions: engine._replay(r, no_tick, p)
 
     def eager_single(requests: Sequence[Any]) -> Any:
-        threads = torch.get_num_threads()
-        torch.set_num_threads(1)
-        try:
+        with _threads(1):
             return engine._replay_eager(requests, no_tick)
-        finally:
-            torch.set_num_threads(threads)
 
     yield "eager attention, 1 thread", eager_single
+
+
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def save(path: Path, **columns: Any) -> None:
