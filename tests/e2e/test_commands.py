@@ -467,7 +467,12 @@ def test_accuracy_and_envelope_before_and_after(project: Project, run: Callable[
     assert "the noise envelope grew: max_deficit 0.1 -> 0.5" in shown.stdout
     (change,) = data(run("diff", "--as-json"))
     assert (change["accuracy"]["lost"], change["accuracy"]["n"]) == (1, 3)
-    assert [g["measure"] for g in change["envelope_grew"]] == ["mean_abs_dlogp", "max_deficit", "benign change of gaps", "level of prompt c"]
+    assert [g["measure"] for g in change["envelope_grew"]] == [
+        "mean_abs_dlogp",
+        "max_deficit",
+        "benign change of gaps",
+        "level of prompt c",
+    ]
 
 
 @pytest.mark.parametrize(
