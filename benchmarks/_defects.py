@@ -163,6 +163,97 @@ MODEL: dict[str, Defect] = {
 }  # fmt: skip
 
 
+# --- defects of a single module -----------------------------------------------------------------------------------
+
+
+@contextmanager
+def _attribute(engine: Any, name: str, field: str, factor: float) -> Iterator[None]:
+    module = engine.model.get_submodule(name)
+    kept = getattr(module, field)
+    setattr(module, field, kept * factor)
+    try:
+        yield
+    finally:
+        setattr(module, field, kept)
+
+
+@contextmanager
+def _weight(engine: Any, name: str, change: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[None]:
+    module = engine.model.get_submodule(name)
+    kept = module.weight.data
+    module.weight.data = change(kept.float()).to(kept.dtype)
+    try:
+        yield
+    finally:
+        module.weight.data = kept
+
+
+def _noise(share: float) -> Callable[[torch.Tensor], torch.Tensor]:
+    return lambda w: w + share * w.std() * torch.randn(w.shape, generator=torch.Generator().manual_seed(0))
+
+
+def _low_rank(share: float) -> Callable[[torch.Tensor], torch.Tensor]:
+    def change(w: torch.Tensor) -> torch.Tensor:
+        seed = torch.Generator().manual_seed(1)
+        delta = torch.randn(w.shape[0], 8, generator=seed) @ torch.randn(8, w.shape[1], generator=seed)
+        return w + share * w.norm() / delta.norm() * delta
+
+    return change
+
+
+def _one_head_dead(w: torch.Tensor) -> torch.Tensor:
+    w = w.clone()
+    w[64:128] = 0
+    return w
+
+
+def single(engine_module: str, kind: str, strength: Any) -> Defect:
+    """A defect of one module: of its `weight`, of its `output`, or of one of its attributes."""
+    if kind == "weight":
+        return lambda e: _weight(e, engine_module, strength)
+    if kind == "output":
+        return lambda e: outputs(e, lambda x, _: strength(x), lambda n: n == engine_module)
+    return lambda e: _attribute(e, engine_module, kind, strength)
+
+
+def _layer(number: int, name: str) -> str:
+    return f"model.layers.{number}.{name}"
+
+
+def _rounded_to(bits: int) -> Callable[[torch.Tensor], torch.Tensor]:
+    return lambda x: rounded(x.float(), bits).to(x.dtype)
+
+
+def _kv_rounded(x: torch.Tensor) -> torch.Tensor:
+    return rounded(x.unflatten(-1, (-1, 64)).float(), 5).flatten(-2).to(x.dtype)
+
+
+SINGLE: dict[str, tuple[str, Defect]] = {
+    name: (module, single(module, kind, strength))
+    for name, module, kind, strength in (
+        *((f"output x {f:g}", _layer(15, "mlp.down_proj"), "output", lambda x, f=f: x * f) for f in (0.98, 0.9, 0.5)),
+        ("attention output x 0.9", _layer(3, "self_attn.o_proj"), "output", lambda x: x * 0.9),
+        *((f"gate weights + noise {s:g}", _layer(7, "mlp.gate_proj"), "weight", _noise(s)) for s in (0.05, 0.2)),
+        *((f"key weights + noise {s:g}", _layer(20, "self_attn.k_proj"), "weight", _noise(s)) for s in (0.05, 0.2)),
+        *((f"LoRA {s:g} left in values", _layer(10, "self_attn.v_proj"), "weight", _low_rank(s)) for s in (0.05, 0.2)),
+        *((f"norm weight x {f:g}", _layer(25, "input_layernorm"), "weight", lambda w, f=f: w * f) for f in (1.02, 1.1)),
+        ("norm epsilon x 1000", _layer(1, "post_attention_layernorm"), "variance_epsilon", 1000.0),
+        *((f"embeddings at {b} bits", "model.embed_tokens", "output", _rounded_to(b)) for b in (8, 5)),
+        *((f"logits x {f:g}", "lm_head", "output", lambda x, f=f: x * f) for f in (1.01, 1.1)),
+        *((f"up weights at {b} bits", _layer(12, "mlp.up_proj"), "weight", _rounded_to(b)) for b in (8, 5)),
+        ("keys at 5 bits", _layer(5, "self_attn.k_proj"), "output", _kv_rounded),
+        *((f"attention scale x {f:g}", _layer(18, "self_attn"), "scaling", f) for f in (1.05, 1.3)),
+        ("activation x 1.1", _layer(22, "mlp.act_fn"), "output", lambda x: x * 1.1),
+        ("one query head dead", _layer(28, "self_attn.q_proj"), "weight", _one_head_dead),
+        ("final norm x 1.05", "model.norm", "weight", lambda w: w * 1.05),
+    )
+} | {
+    "two heads swapped": (_layer(LAYER, "self_attn.o_proj"), swapped_heads(0, 5)),
+    **{f"RoPE base x {f:g}": ("model.rotary_emb", rope(f)) for f in (0.97, 0.9)},
+}  # fmt: skip
+"""Name -> the module that is to be named, and its defect."""
+
+
 # --- defects of decoding ----------------------------------------------------------------------------------------------
 
 

@@ -17,7 +17,7 @@ from typing import Literal, Protocol
 
 import numpy as np
 
-from . import candidate, judging, models, noise, numerics, probe, store
+from . import candidate, judging, models, noise, numerics, probe, sketch, store
 from .arbiter import arbitrate
 from .comparison import Comparison, compare_decode, compare_replay
 from .engines.base import Engine, Opener, Spec, needs_model, opener
@@ -106,6 +106,7 @@ def check(suite: Suite, mode: str, options: Options, show: Progress | None = Non
             result = judging.judge_all(result, suite, golden, gathered, engine.decode, options.allow_code)
             if options.arbiter == "auto":
                 result = _arbitrate(engine, suite, golden, gathered, result, show)
+            result = _localise(engine, suite, golden, result, show)
             if options.pending_folder and result.asks_for_a_golden:
                 result = _offer_candidate(engine, result, suite, mode, options, show)
     except ReproError as exc:
@@ -229,7 +230,19 @@ def _recorded(
         scores=judging.scores(suite, generation.texts, generation.ids, options.allow_code),
         noise=_envelope(engine, compute_class, requests, generation, show),
         part=None if shard is None else _part(suite, shard),
+        sketch=_sketch(engine, requests, generation, show),
     )
+
+
+def _sketch(
+    engine: Engine, requests: Sequence[Request], generation: Generation, show: Progress
+) -> sketch.Recorded | None:
+    """What the model's modules put out at a few rows, and how far benign changes move that."""
+    looked_at = sketch.chosen(generation.ids)
+    own = [r for r in _with_own_answers(requests, generation) if r.id in looked_at]
+    tick = show.phase("noise: inside the model", 0)
+    plain, again, *benign = [*engine.sketches(own, tick)] or (None, None)
+    return None if plain is None or again is None else sketch.recorded(looked_at, plain, again, benign)
 
 
 def _part(suite: Suite, shard: Shard) -> Part:
@@ -348,6 +361,24 @@ def _arbitrate(
     return judging.arbitrated(result, found)
 
 
+def _localise(engine: Engine, suite: Suite, golden: Golden, result: SuiteResult, show: Progress) -> SuiteResult:
+    """Where in the model a difference begins, if the golden kept what its modules put out and the engine can look inside."""
+    if golden.sketch is None or not result.fails_for_moving:
+        return result
+    wanted = [p for p in suite.prompts if p.id in golden.sketch.prompts and p.id in golden.generation.ids]
+    if not wanted:
+        return result
+    tick = show.phase("where in the model", 0)
+    try:
+        now = next(engine.sketches(_watching([_request(engine, p) for p in wanted], golden), tick), None)
+    except Exception as exc:  # it explains a verdict: its own failure must not become one
+        return replace(result, notes=(*result.notes, f"where in the model: could not be asked: {exc}"))
+    if now is None:
+        return result
+    same = not any(c.cls == "numerics" for c in result.environment_diff)
+    return replace(result, localisation=vars(sketch.locate(golden.sketch, now, golden.compute_class, same)))
+
+
 def _replay(
     engine: Engine, golden: Golden, requests: Sequence[Request], show: Progress
 ) -> tuple[Comparison, dict[str, Judgement], dict[str, Scores]]:
@@ -417,14 +448,7 @@ def _envelope(
     engine: Engine, compute_class: str, requests: Sequence[Request], generation: Generation, show: Progress
 ) -> noise.Envelope:
     """Replay what was just recorded under every benign change that the engine knows."""
-    own = [
-        replace(
-            r,
-            reference=generation.tokens[generation.span(i)],
-            reference_runner_up=generation.runner_up[generation.span(i)],
-        )
-        for i, r in enumerate(requests)
-    ]
+    own = _with_own_answers(requests, generation)
     replays = {}
     for name, run in engine.benign():
         replays[name] = run(own, show.phase(f"noise: {name}", len(generation.tokens)))
@@ -432,6 +456,18 @@ def _envelope(
             if score.error:
                 raise EngineError(f"prompt {score.id} under {name}: {score.error}", fix="nothing was recorded")
     return noise.envelope(compute_class, generation, replays)
+
+
+def _with_own_answers(requests: Sequence[Request], generation: Generation) -> list[Request]:
+    """Requests that carry what was just generated."""
+    return [
+        replace(
+            r,
+            reference=generation.tokens[generation.span(i)],
+            reference_runner_up=generation.runner_up[generation.span(i)],
+        )
+        for i, r in enumerate(requests)
+    ]
 
 
 def _leave_candidate(result: SuiteResult, suite: Suite, mode: str, options: Options, show: Progress) -> SuiteResult:

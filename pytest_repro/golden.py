@@ -26,6 +26,7 @@ from .errors import GoldenError
 from .fingerprint import Fingerprint
 from .generation import FINISH_REASONS, Generation, Tokens, digest, offsets_of, pack
 from .noise import Envelope
+from .sketch import Recorded
 from .suite import Shard, Thresholds
 
 SCHEMA = 1
@@ -134,6 +135,8 @@ class Golden:
     """Digest of the content; set by `encode` and `decode`."""
     part: Part | None = None
     """Of a candidate recorded under --repro-shard; None for a whole one."""
+    sketch: Recorded | None = None
+    """What the model's modules put out at a few rows; None if the engine cannot look inside."""
 
     @property
     def stem(self) -> str:
@@ -155,6 +158,8 @@ def encode(golden: Golden) -> tuple[bytes, bytes]:
     if golden.part is not None:
         assert golden.noise.prompt_means is not None, "a part is merged from the means of every variant"
         columns["noise.prompt_means"] = golden.noise.prompt_means
+    if golden.sketch is not None:
+        columns |= golden.sketch.tensors()
     numbers = save_tensors(columns)
     lines = [
         {
@@ -185,6 +190,8 @@ def encode(golden: Golden) -> tuple[bytes, bytes]:
     }
     if golden.part is not None:
         header["part"] = vars(golden.part)
+    if golden.sketch is not None:
+        header["sketch"] = golden.sketch.to_json()
     body = [_line(line) for line in lines]
     header["digest"] = content_digest(header, body)
     header["review"] = None
@@ -224,7 +231,8 @@ def decode(text: bytes, numbers: bytes | None, where: str, *, regenerate: str = 
     """
     header, lines, tokens, review = _trusted(text, where, regenerate)
     tensors = _numbers(header, lines, numbers, where, regenerate)
-    return _build(header, lines, tokens, tensors, review)
+    sketch = _sketch(header, tensors, _binary(where), regenerate)
+    return _build(header, lines, tokens, tensors, review, sketch)
 
 
 @dataclass(frozen=True)
@@ -364,10 +372,14 @@ def _review(header: Mapping[str, Any], where: str) -> Review | None:
     return review
 
 
+def _binary(where: str) -> str:
+    return where.removesuffix(".jsonl") + ".safetensors"
+
+
 def _numbers(
     header: Mapping[str, Any], lines: Sequence[Mapping[str, Any]], numbers: bytes | None, where: str, regenerate: str
 ) -> dict[str, Any]:
-    binary = where.removesuffix(".jsonl") + ".safetensors"
+    binary = _binary(where)
     if numbers is None:
         raise GoldenError(
             "the binary part is missing", where=binary, fix=f"git checkout -- {quote(binary)}   # or {regenerate}"
@@ -401,12 +413,23 @@ def _numbers(
     return tensors
 
 
+def _sketch(header: Mapping[str, Any], tensors: Mapping[str, Any], where: str, regenerate: str) -> Recorded | None:
+    if "sketch" not in header:
+        return None
+    try:
+        return Recorded.of(header["sketch"], tensors)
+    except ValueError as exc:
+        what = f"text and binary parts disagree about the sketch of the model: {exc}"
+        raise GoldenError(what, where=where, fix=regenerate) from None
+
+
 def _build(
     header: Mapping[str, Any],
     lines: Sequence[Mapping[str, Any]],
     tokens: Sequence[Tokens],
     tensors: Mapping[str, Any],
     review: Review | None,
+    sketch: Recorded | None,
 ) -> Golden:
     generation = Generation(
         ids=tuple(line["id"] for line in lines),
@@ -441,6 +464,7 @@ def _build(
         candidate=header.get("candidate"),
         digest=header["digest"],
         part=Part(**header["part"]) if "part" in header else None,
+        sketch=sketch,
     )
 
 

@@ -18,6 +18,7 @@ from .fingerprint import Fingerprint, Value, class_of
 from .generation import joined, subset
 from .golden import Golden, Part
 from .result import Check, PromptResult, SuiteResult
+from .sketch import Recorded
 from .suite import Shard
 
 # --- parts of a golden ----------------------------------------------------------------------------------------------
@@ -56,10 +57,16 @@ def golden_of(parts: Sequence[Golden], *, where: str) -> Golden:
         scores=tuple(scores[i] for i in order),
         noise=noise.merged([g.noise for g in parts], order),
         fingerprint=_joined([g.fingerprint for g in parts]),
+        sketch=_first_sketch(parts),
         candidate=None,
         digest="",
         part=None,
     )
+
+
+def _first_sketch(parts: Sequence[Golden]) -> Recorded | None:
+    """One part's sketch says where a difference begins as well as that of all prompts."""
+    return min(parts, key=lambda golden: _part(golden).index).sketch
 
 
 def _part(golden: Golden) -> Part:
@@ -152,6 +159,7 @@ def result_of(shards: Sequence[tuple[str, SuiteResult]]) -> SuiteResult:
         environment_diff=tuple({repr(c): c for r in results for c in r.environment_diff}.values()),
         equal_fields=min((r.equal_fields for r in came_to_compare.values()), default=0),
         distribution=_distribution(results),
+        localisation=next((r.localisation for r in results if r.localisation), None),
         metrics={},
         notes=(f"merged from {len(results)} shards", *_notes({n: r for n, r in found.items() if r.prompts}, ran)),
         seconds=sum(r.seconds for r in results),

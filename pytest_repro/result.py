@@ -108,6 +108,8 @@ class SuiteResult:
     """The golden's envelope (`traces.described`); None where nothing was compared."""
     distribution: Mapping[str, Any] | None = None
     """A `traces.Distribution` as a mapping; None where nothing was compared."""
+    localisation: Mapping[str, Any] | None = None
+    """Where in the model the difference begins: a `sketch.Location` as a mapping; None where it was not asked."""
     metrics: Mapping[str, float | int | None] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     """Things to know that fail nothing: a fallback golden, unused prompts, waivers."""
@@ -132,6 +134,13 @@ class SuiteResult:
     def passed(self) -> bool:
         """No rule and no check fails."""
         return not self.failures and all(check.status != "fail" for check in self.checks)
+
+    @property
+    def fails_for_moving(self) -> bool:
+        """Whether it fails, and outputs moved."""
+        beyond_rounding = any(c.name == "rounding" and c.status == "fail" for c in self.checks)
+        parted = self.counts.get(Verdict.DRIFT) or self.counts.get(Verdict.NEAR_TIE)
+        return not self.passed and bool(beyond_rounding or parted)
 
     @property
     def asks_for_a_golden(self) -> bool:

@@ -127,6 +127,18 @@ class EngineContract:
         assert all(len(s.logprob) == len(o.tokens) for s, o in zip(scores, outputs, strict=True))
         _same_bits(outputs, engine.generate(watching))
 
+    def test_looking_inside_shows_the_same_places_each_time(self, engine: Engine) -> None:
+        """Every sketch holds a few finite rows of the same places, and afterwards the engine is what it was."""
+        watching, outputs = self.recorded(engine)
+        found = list(engine.sketches(watching))
+        if not found:
+            return
+        assert len(found) >= 3, "as things are, once more, and at least one benign change"
+        assert len({(s.points, s.values.shape) for s in found}) == 1
+        assert len(set(found[0].points)) == len(found[0].points) == len(found[0].values)
+        np.testing.assert_array_equal(found[0].values, found[1].values)
+        _same_bits(outputs, engine.generate(watching))
+
     def test_facts_are_flat_and_name_the_engine(self, engine: Engine) -> None:
         """Scalars only, with the identity that goldens are held against."""
         facts = engine.facts()

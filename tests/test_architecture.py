@@ -58,6 +58,7 @@ CLI = {
 HEAVY = {
     "pytest": {"plugin", "testing"},
     "torch": {
+        "engines.activations",
         "engines.transformers",
         "engines.vllm",
         "engines.vllm_worker",
@@ -87,7 +88,7 @@ HEAVY = {
     "pynvml": {"probe"},
 }
 AT_THE_TOP = {
-    "torch": {"engines.transformers", "engines.vllm_worker", *LAYERCAST},
+    "torch": {"engines.activations", "engines.transformers", "engines.vllm_worker", *LAYERCAST},
     "vllm": {"numerics.layercast.vllm"},
     "transformers": {"engines.transformers", "numerics.layercast.quantizer"},
     "pytest": {"plugin", "testing"},

@@ -18,6 +18,7 @@ from ..generation import Output, Request, Scores
 from ..models import ModelFiles
 from ..numerics import Mode
 from ..precision import Observation
+from ..sketch import Sketch
 from ..suite import Prompt
 
 Tick = Callable[[int], None]
@@ -82,6 +83,12 @@ class Engine(Protocol):
 
     def benign(self) -> Iterator[tuple[str, Callable[[Sequence[Request], Tick], list[Scores]]]]:
         """Ways to replay that change numerics and nothing else: (name, replay), each restored when it returns."""
+
+    def sketches(self, requests: Sequence[Request], tick: Tick = no_tick) -> Iterator[Sketch]:
+        """What the model's modules put out for each request's prompt and reference, at `sketch.positions`.
+
+        First as things are, then once more, then under benign changes; nothing if the engine cannot look inside.
+        """
 
 
 Opener = Callable[[Spec], AbstractContextManager[Engine]]

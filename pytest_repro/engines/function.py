@@ -20,6 +20,7 @@ from ..errors import ConfigError, EngineError
 from ..fingerprint import Fingerprint
 from ..generation import FINISH_REASONS, Generation, Output, Request, Scores, digest
 from ..precision import Observation
+from ..sketch import Sketch
 from ..suite import Prompt
 from .base import Engine, Opener, Spec, Tick, no_tick
 
@@ -138,6 +139,10 @@ class FunctionEngine:
     def replay_fp32(self, requests: Sequence[Request], tick: Tick = no_tick) -> list[Scores] | None:
         """A black box has no other numerics."""
         return None
+
+    def sketches(self, requests: Sequence[Request], tick: Tick = no_tick) -> Iterator[Sketch]:
+        """A black box cannot be looked into."""
+        return iter(())
 
     def benign(self) -> Iterator[tuple[str, Callable[[Sequence[Request], Tick], list[Scores]]]]:
         """None: it has no numerics to vary."""

@@ -23,6 +23,7 @@ from ..errors import ConfigError, EngineError
 from ..fingerprint import UNOBSERVED, Fingerprint
 from ..generation import Output, Request, Scores, digest
 from ..precision import Observation
+from ..sketch import Sketch
 from ..suite import Prompt
 from ..text import inert
 from . import dialects, journal, openai_client, outside
@@ -304,6 +305,10 @@ class OpenAIEngine:
     def replay_fp32(self, requests: Sequence[Request], tick: Tick = no_tick) -> list[Scores] | None:
         """A server has no other numerics."""
         return None
+
+    def sketches(self, requests: Sequence[Request], tick: Tick = no_tick) -> Iterator[Sketch]:
+        """A server cannot be looked into."""
+        return iter(())
 
     def benign(self) -> Iterator[tuple[str, Callable[[Sequence[Request], Tick], list[Scores]]]]:
         """Other company in the server's batches, where it can replay at all."""

@@ -24,6 +24,7 @@ from ..errors import ConfigError
 from ..fingerprint import Fingerprint
 from ..generation import Generation, Output, Request, Scores, digest
 from ..precision import Observation
+from ..sketch import Sketch
 from ..suite import Prompt, inside
 from .base import Engine, Spec, Tick, no_tick
 
@@ -167,6 +168,10 @@ class ScriptedEngine:
             gap=np.where(same, gap, -gap).astype(np.float32) + sign,
             error=out.error,
         )
+
+    def sketches(self, requests: Sequence[Request], tick: Tick = no_tick) -> Iterator[Sketch]:
+        """A script has no modules."""
+        return iter(())
 
     def benign(self) -> Iterator[tuple[str, Callable[[Sequence[Request], Tick], list[Scores]]]]:
         """One variant, off by `jitter`."""

@@ -13,7 +13,8 @@ import gc
 import inspect
 import re
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -32,7 +33,9 @@ from ..errors import ConfigError, EngineError
 from ..fingerprint import Fingerprint
 from ..generation import Output, Request, Scores, digest
 from ..numerics import layercast
+from ..sketch import Sketch, positions
 from ..suite import Prompt
+from .activations import Activations, sketch_of, watched
 from .base import Engine, Spec, Tick, no_tick
 from .tokenizer import encode, eos, load_tokenizer
 
@@ -40,6 +43,8 @@ REPLAY_LOGITS = 64 * 2**20
 """Most logits (positions x vocabulary) of one replay batch: 256 MiB as float32."""
 REPLAY_POSITIONS = 2048
 """Most positions of one replay batch."""
+SKETCH_PADDING = 37
+"""Positions on the right, never seen under a causal mask, that make products take other shapes."""
 
 
 @contextmanager
@@ -269,11 +274,9 @@ class TransformersEngine:
             whole = np.concatenate([request.tokens, _reference(request)]).astype(np.int64)
             ids[row, : len(whole)] = torch.from_numpy(whole)
         kept = torch.arange(first, width - 1, device=self.device)
-        options: dict[str, Any] = {"use_cache": False}
-        if "logits_to_keep" in inspect.signature(self.model.forward).parameters:
-            options["logits_to_keep"] = kept
-        logits = self.model(input_ids=ids.to(self.device), **options).logits
-        if "logits_to_keep" not in options:
+        keeping = self._keeping(kept)
+        logits = self.model(input_ids=ids.to(self.device), use_cache=False, **keeping).logits
+        if not keeping:
             logits = logits[:, first : width - 1]
         return [_score(request, logits[row, len(request.tokens) - 1 - first :]) for row, request in enumerate(batch)]
 
@@ -281,29 +284,73 @@ class TransformersEngine:
         """Prefill instead of decode, then that with another batch size, one thread, another attention kernel."""
         yield "replay", self.replay
         yield "replay, batch size 1", lambda requests, tick: self._replay(requests, tick, 1)
+        for name, changed in self._changes():
+            yield f"replay, {name}", partial(self._replay_under, changed)
+
+    def _changes(self) -> Iterator[tuple[str, Callable[[], AbstractContextManager[None]]]]:
+        """Benign changes of the loaded model."""
         if self.device.type == "cpu" and torch.get_num_threads() > 1:
-            yield "replay, 1 thread", self._replay_single_threaded
+            yield "1 thread", _single_thread
         if self.model.config._attn_implementation != "eager":
-            yield "replay, eager attention", self._replay_eager
+            yield "eager attention", partial(_eager, self.model)
 
-    def _replay_single_threaded(self, requests: Sequence[Request], tick: Tick) -> list[Scores]:
-        threads = torch.get_num_threads()
-        torch.set_num_threads(1)
-        try:
+    def _replay_under(
+        self, changed: Callable[[], AbstractContextManager[None]], requests: Sequence[Request], tick: Tick
+    ) -> list[Scores]:
+        with changed():
             return self.replay(requests, tick)
-        finally:
-            torch.set_num_threads(threads)
 
-    def _replay_eager(self, requests: Sequence[Request], tick: Tick) -> list[Scores]:
-        before = self.model.config._attn_implementation
-        self.model.set_attn_implementation("eager")
-        try:
-            return self.replay(requests, tick)
-        finally:
-            self.model.set_attn_implementation(before)
+    def sketches(self, requests: Sequence[Request], tick: Tick = no_tick) -> Iterator[Sketch]:
+        """One sequence at a time; benign changes are padding, one thread, another attention kernel."""
+        yield self._sketch(requests, tick)
+        yield self._sketch(requests, tick)
+        yield self._sketch(requests, tick, SKETCH_PADDING)
+        for _, changed in self._changes():
+            with changed():
+                found = self._sketch(requests, tick)
+            yield found
+
+    def _sketch(self, requests: Sequence[Request], tick: Tick = no_tick, padding: int = 0) -> Sketch:
+        self._check_vocabulary(requests)
+        with _explained("looking into the model", self._memory_hint), torch.inference_mode():
+            return sketch_of([self._looked_at(request, tick, padding) for request in requests])
+
+    def _looked_at(self, request: Request, tick: Tick, padding: int) -> Activations:
+        rows = positions(len(request.tokens), len(_reference(request)))
+        whole = np.concatenate([request.tokens, _reference(request)])[: rows[-1] + 1].astype(np.int64)
+        ids = torch.nn.functional.pad(torch.from_numpy(whole), (0, padding))[None].to(self.device)
+        with watched(self.model, rows, ids.shape[1]) as found:
+            self.model(input_ids=ids, use_cache=False, **self._keeping(torch.tensor(rows, device=self.device)))
+        tick(len(whole))
+        return found
+
+    def _keeping(self, rows: torch.Tensor) -> dict[str, Any]:
+        """The argument that has logits computed at some rows only, where the model has it."""
+        has_it = "logits_to_keep" in inspect.signature(self.model.forward).parameters
+        return {"logits_to_keep": rows} if has_it else {}
 
     def _memory_hint(self) -> str | None:
         return "--repro-batch-size with a smaller number (it is a suspect then), or a device with more memory"
+
+
+@contextmanager
+def _single_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+@contextmanager
+def _eager(model: Any) -> Iterator[None]:
+    before = model.config._attn_implementation
+    model.set_attn_implementation("eager")
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)
 
 
 class _Recorder(LogitsProcessor):  # type: ignore[misc]

@@ -26,6 +26,7 @@ from ..fingerprint import Fingerprint
 from ..generation import Output, Request, Scores, digest
 from ..numerics import layercast
 from ..precision import Observation
+from ..sketch import Sketch
 from ..suite import Prompt
 from . import vllm_answers, vllm_process
 from .base import VLLM_OPTIONS, Engine, Spec, Tick, no_tick
@@ -367,6 +368,10 @@ class VllmEngine:
     def replay_fp32(self, requests: Sequence[Request], tick: Tick = no_tick) -> list[Scores] | None:
         """vLLM cannot recast a model that it has loaded."""
         return None
+
+    def sketches(self, requests: Sequence[Request], tick: Tick = no_tick) -> Iterator[Sketch]:
+        """vLLM joins modules that the model has apart; nothing looks into them yet."""
+        return iter(())
 
     def benign(self) -> Iterator[tuple[str, Callable[[Sequence[Request], Tick], list[Scores]]]]:
         """Prefill instead of decode, then that one prompt after the other."""

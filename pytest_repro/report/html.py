@@ -23,7 +23,7 @@ from ..text import inert
 from ..verdict import WORST_FIRST
 from . import figures
 from .figures import number
-from .terminal import arbiter_line
+from .terminal import arbiter_line, location_line
 
 SIGNS = {
     "error": "✖",
@@ -93,6 +93,7 @@ def _environment() -> Environment:
         "after": _after,
         "lines": _of_message,
         "arbiter": arbiter_line,
+        "location": location_line,
     }
     return environment
 

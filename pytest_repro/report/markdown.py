@@ -128,6 +128,8 @@ def _suite(suite: Suite, texts: int) -> Iterator[str]:
     yield from _prompts(terminal.worst_first(suite), texts)
     if suite["environment_diff"]:
         yield _environment(suite)
+    if suite["localisation"]:
+        yield fenced([f"where  {terminal.location_line(suite['localisation'])}"])
     if calm := [c for c in suite["checks"] if c["status"] == "pass" and c["name"] in ("compute", *MOVED)]:
         yield fenced(line for check in calm for line in _check(check))
     if suite["next_steps"]:

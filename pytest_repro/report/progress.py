@@ -48,7 +48,7 @@ class Display:
 
     def close(self) -> None:
         """End the last phase with a line that says how long it took."""
-        if self.phase_name and not self.quiet:
+        if self.phase_name and self.done and not self.quiet:
             seconds = time.monotonic() - self.started
             rate = self.done / seconds if seconds > 0 else 0.0
             self._write(f"{self.label}: {self.phase_name}: {self.done} tokens, {seconds:.1f} s, {rate:.0f} tokens/s\n")
@@ -56,14 +56,14 @@ class Display:
 
     def _show(self, total: int) -> None:
         """On a terminal, the running line; it is rewritten ten times a second at most."""
-        if self.quiet or time.monotonic() - self.shown < 0.1:
+        if self.quiet or not total or time.monotonic() - self.shown < 0.1:
             return
         self.shown = time.monotonic()
         with self.uncaptured():
             stream = self.stream()
             if not stream.isatty():
                 return
-            share = min(1.0, self.done / total) if total else 1.0
+            share = min(1.0, self.done / total)
             left = (self.shown - self.started) * (1 - share) / share if share else 0.0
             bar = "█" * round(20 * share) + "░" * (20 - round(20 * share))
             stream.write(f"{self._start(stream)}{self.label}: {self.phase_name} {bar} {share:4.0%}  {left:.0f} s left")

@@ -44,6 +44,8 @@ def _section(suite: Mapping[str, Any], verbose: bool) -> Iterator[Line]:
     differs = bool(shown) or suite["verdict"] == "fail"
     if differs:
         yield from _environment(suite, verbose)
+    if suite["localisation"]:
+        yield f"{'where':<13} {location_line(suite['localisation'])}", ""
     told = {p["reason"] for p in shown}
     for check in suite["checks"]:
         if any(reason and reason in check["message"] for reason in told):
@@ -166,6 +168,15 @@ def arbiter_line(found: Mapping[str, Any]) -> str:
     if found["finding"] == "undecided":
         return f"arbiter: {sizes}: too few tokens to tell"
     return f"arbiter: {sizes}: the golden lies farther, so the model itself changed"
+
+
+def location_line(found: Mapping[str, Any]) -> str:
+    """Where in the model a drift begins, or why that cannot be said."""
+    sizes = ""
+    if found["distance"] is not None and found["allowed"]:
+        sizes = f": moved {_number(found['distance'])}, rounding explains {_number(found['allowed'])}"
+    of = f" ({found['compared']} places compared)"
+    return f"{found['module'] or 'not localised'}: {found['finding']}{sizes}{of}"
 
 
 def _environment(suite: Mapping[str, Any], verbose: bool) -> Iterator[Line]:

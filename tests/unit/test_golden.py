@@ -14,14 +14,21 @@ from pytest_repro import golden as wire
 from pytest_repro.errors import GoldenError
 from pytest_repro.generation import digest
 from pytest_repro.golden import Agreed, Golden, Review, decode, encode
+from pytest_repro.sketch import Recorded, Sketch
 from tests.unit.builders import REVIEW, f32, generation, golden, output
 
 WHERE = "golden/s/bf16.golden.jsonl"
 BINARY = "golden/s/bf16.golden.safetensors"
 ODD = "\x1b[31m\r\n\t\x00 é 漢 😀 \u202e\u2028\x85 \ud800 ##[error] \\u0041 \"'"
 
+SKETCH = Recorded(
+    ("a", "b"),
+    Sketch(("model.embed", "model.layers.0:input"), np.arange(24, dtype=np.float32).reshape(2, 3, 4)),
+    f32([0.0, 0.5]),
+    True,
+)
 RECORDED = generation(output("a", [1, 2], text="hello"), output("b", [3]), output("c", []))
-GOLDEN = golden(RECORDED, scores=(True, False, None))
+GOLDEN = golden(RECORDED, scores=(True, False, None), sketch=SKETCH)
 TEXT, NUMBERS = encode(GOLDEN)
 
 Edit = Callable[[dict[str, Any], list[dict[str, Any]]], None]
@@ -58,10 +65,13 @@ def test_a_round_trip_keeps_everything() -> None:
     candidate = {"against": None, "prompts": [{"id": "a", "verdict": "new"}]}
     first = replace(GOLDEN, device_class="cuda-sm90", candidate=candidate, review=replace(REVIEW, commit="abc"))
     back = read(*encode(first))
-    plain = {"generation", "noise", "digest"}
+    plain = {"generation", "noise", "sketch", "digest"}
     for name in set(Golden.__dataclass_fields__) - plain:
         assert getattr(back, name) == getattr(first, name), name
     assert back.noise.variants == first.noise.variants
+    assert back.sketch is not None and back.sketch.to_json() == SKETCH.to_json()
+    for name, kept in SKETCH.tensors().items():
+        np.testing.assert_array_equal(back.sketch.tensors()[name], kept)
     for name in ("ids", "prompt_digests", "content_digests", "texts", "finish_reasons"):
         assert getattr(back.generation, name) == getattr(RECORDED, name), name
     for name in ("offsets", "tokens", "logprob", "gap", "runner_up"):
@@ -300,6 +310,39 @@ def test_a_level_below_zero_is_refused(name: str) -> None:
     with pytest.raises(GoldenError, match="a prompt's noise level is negative") as caught:
         read(*with_numbers(lambda t: t.update({name: f32([0.125, -1e-9, 0.125])})))
     assert caught.value.where == f"{BINARY} [{name}]"
+
+
+@pytest.mark.parametrize(
+    ("part", "value", "message"),
+    [
+        ("points", None, "sketch.points is missing"),
+        ("points", np.frombuffer(b"one", np.uint8), "the shape [2, 3, 4]"),
+        ("points", np.frombuffer(b"one\none", np.uint8), "are not names"),
+        ("points", np.frombuffer(b"one\n", np.uint8), "are not names"),
+        ("points", np.frombuffer(b"\xff\none", np.uint8), "can't decode"),
+        ("points", f32([1.0, 2.0]), "are not names"),
+        ("values", np.zeros((2, 5, 4), np.float32), "the shape [2, 5, 4]"),
+        ("values", np.zeros((2, 0, 4), np.float32), "the shape [2, 0, 4]"),
+        ("values", np.zeros((2, 3), np.float32), "the shape [2, 3]"),
+        ("values", np.full((2, 3, 4), math.nan, np.float32), "negative or none"),
+        ("level", f32([0.0]), "the shape [1]"),
+        ("level", f32([0.0, -1.0]), "negative or none"),
+        ("level", f32([0.0, math.inf]), "negative or none"),
+    ],
+)
+def test_a_sketch_that_nobody_can_have_recorded_is_refused(part: str, value: Any, message: str) -> None:
+    def change(tensors: dict[str, Any]) -> None:
+        tensors[f"sketch.{part}"] = value
+        if value is None:
+            del tensors[f"sketch.{part}"]
+
+    with pytest.raises(GoldenError) as raised:
+        read(*with_numbers(change))
+    assert message in raised.value.what and raised.value.where == BINARY and raised.value.fix
+
+
+def test_a_golden_without_a_sketch_has_none() -> None:
+    assert read(*encode(replace(GOLDEN, sketch=None))).sketch is None
 
 
 @pytest.mark.parametrize("numbers", [b"", b"not safetensors", b"\xff" * 64], ids=["empty", "words", "huge-header"])
