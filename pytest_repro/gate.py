@@ -375,7 +375,8 @@ def _localise(engine: Engine, suite: Suite, golden: Golden, result: SuiteResult,
         return replace(result, notes=(*result.notes, f"where in the model: could not be asked: {exc}"))
     if now is None:
         return result
-    same = not any(c.cls == "numerics" for c in result.environment_diff)
+    # Looked at one prompt at a time, then and now: batches are the one part of numerics that has no say here.
+    same = not any(c.cls == "numerics" and c.field != "batch_size" for c in result.environment_diff)
     return replace(result, localisation=vars(sketch.locate(golden.sketch, now, golden.compute_class, same)))
 
 

@@ -233,5 +233,9 @@ def spoken(point: str) -> str:
 
 def _finding(point: str, before: int, exact: bool) -> str:
     how = "differs from the recording's" if exact else "left its envelope"
-    what = f"the output of {spoken(point)}" if not point.endswith(_INPUT) else f"what {spoken(point)} computes"
+    what = (
+        f"what it computes before its {point.removesuffix(_INPUT).rpartition('.')[2]}"
+        if point.endswith(_INPUT)
+        else "its output"
+    )
     return f"{what} is the first that {how}; {before} before it did not"

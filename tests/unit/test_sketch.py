@@ -56,7 +56,7 @@ def test_the_first_output_that_leaves_its_envelope_is_named(point: str, same: bo
 def test_what_a_module_is_given_blames_the_one_around_it() -> None:
     found = locate(golden(), from_on("model.layers.0.attn.o_proj:input", 0.1), "bf16", False)
     assert found.module == "model.layers.0.attn"
-    assert "model.layers.0.attn, before its o_proj, computes" in found.finding
+    assert "what it computes before its o_proj is the first" in found.finding
 
 
 def test_in_the_same_environment_the_last_bit_counts() -> None:
