@@ -15,14 +15,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import fingerprint
-from .errors import ConfigError, GoldenError
+from .errors import ConfigError, EngineError, GoldenError
 from .fingerprint import Change, Fingerprint, class_of
 from .generation import Generation
 from .golden import Golden, signed
 from .noise import Calibration, Envelope
 from .result import Calibrated, SuiteResult
 from .rounding import of_precision, unmeasured
-from .verdict import Verdict
+from .verdict import ALWAYS_FAIL, Verdict
 
 MOST = 64
 """Calibrations that a golden may hold; golden.schema.json says the same."""
@@ -121,12 +121,18 @@ def expect_measurable(result: SuiteResult, golden: Golden) -> None:
 
 
 def moves_too_much(result: SuiteResult, margin: float) -> Iterator[str]:
-    """Why a machine cannot be calibrated, after the plain check on it: each reason in a line."""
-    for verdict in (Verdict.ERROR, Verdict.INCOMPARABLE, Verdict.DRIFT):
-        found = [p for p in result.prompts if p.verdict == verdict]
-        if found:
-            few = "; ".join(f"{p.id}: {p.reason}" for p in found[:3])
-            yield f"{len(found)} of {len(result.prompts)} prompts {verdict}: {few}" + (" …" if found[3:] else "")
+    """Why a machine is not calibrated, after the plain check on it: each reason in a line.
+
+    Raises:
+        EngineError: a prompt was not answered, or not the same one.
+    """
+    for prompt in result.prompts:
+        if prompt.verdict in ALWAYS_FAIL:
+            raise EngineError(f"prompt {prompt.id}: {prompt.reason}", where=result.path, fix="nothing was written")
+    drifting = [p for p in result.prompts if p.verdict == Verdict.DRIFT]
+    if drifting:
+        few = "; ".join(f"{p.id}: {p.reason}" for p in drifting[:3])
+        yield f"{len(drifting)} of {len(result.prompts)} prompts drift: {few}" + ("; …" if drifting[3:] else "")
     check = next(c for c in result.checks if c.name == "rounding")
     ratio = result.metrics.get("rounding_ratio")
     if check.status == "fail" or (ratio or 0.0) > margin:  # so few prompts may be that the test cannot fail
@@ -153,7 +159,7 @@ def outcome(result: SuiteResult, golden: Golden, facts: Fingerprint, refused: Se
         prompts=len(golden.generation),
         machine=named(here),
         differs=tuple(differs(golden, here)),
-        checked="\n".join([counts, check.message.partition("\n")[0]]),
+        checked=tuple(line for line in (counts, check.message.partition("\n")[0]) if line not in refused),
         refused=tuple(refused),
         next_steps=steps,
     )

@@ -196,8 +196,8 @@ class Calibrated:
     """Day and machine, in a few words."""
     differs: tuple[Change, ...]
     """What of this machine the recording's envelope does not cover."""
-    checked: str
-    """What the plain check came to, in a line."""
+    checked: tuple[str, ...]
+    """What the plain check came to, in lines; without what refused the machine."""
     refused: tuple[str, ...] = ()
     """Why this machine moves more than rounding; nothing was written then."""
     candidate: str = ""

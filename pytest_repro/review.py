@@ -107,7 +107,7 @@ def changes(place: Place) -> dict[str, Any]:
     environment = fingerprint.diff(old.fingerprint, new.fingerprint) if old else []
     return {
         **found,
-        "head": [*_compared(old, new, trouble, found), *describe(new)],
+        "head": [*_compared(old, new, trouble, found), *describe(_uncalibrated(new))],
         "environment": [vars(c) for c in environment if c.field != "time"],
         "prompts": [_prompt(name, old, new, note) for name, note in notes.items() if note["verdict"] != "identical"],
     }

@@ -112,12 +112,11 @@ def _typed(folder: Path, engine: str | None, named: Sequence[str], golden: str |
 def _show(done: Calibrated) -> None:
     _tell("golden", f"{done.golden}.golden, {done.prompts} prompts; this machine: {done.machine}")
     _tell("differs", f"{calibration.told(done.differs, MOST_FIELDS)}: their rounding was not measured")
-    for i, line in enumerate(done.checked.split("\n")):
+    for i, line in enumerate(done.checked):
         _tell("" if i else "check", line)
-    for i, why in enumerate(done.refused):
-        _tell("" if i else "refused", f"this machine moves more than rounding: {why}", "red")
-    if done.refused:
-        _tell("", "nothing was written", "red")
+    for i, why in enumerate(("this machine moves more than rounding, and nothing was written", *done.refused)):
+        if done.refused:
+            _tell("" if i else "refused", why, "red")
     if done.moved:
         _tell("measured", calibration.spoken(done.moved))
         instead = ", in the place of this machine's earlier calibration" if done.replaces else ""
