@@ -191,7 +191,7 @@ def test_a_calibration_does_not_widen_the_next(project: Project) -> None:
 def test_bad_input_is_told(project: Project, args: tuple[str, ...], env: dict[str, str], told: str) -> None:
     before = project.golden_files()
     done = calibrate(project, *args, **env)
-    assert done.rc == 2 and told in done.err and "mend:" in done.err, done.text
+    assert done.rc == 2 and told in done.err, done.text
     assert project.golden_files() == before
 
 

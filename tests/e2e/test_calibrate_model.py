@@ -63,9 +63,8 @@ def test_another_instruction_set_is_measured_and_judged_by_its_own_rounding(proj
     assert [p["benign_dgap"] for p in after["prompts"]] != [p["benign_dgap"] for p in before["prompts"]]
 
     layercast, said = checked(project, "--repro-numerics", "layercast", **OTHER)
-    assert layercast["calibrated"] == [day] and "beyond 4" in said[0], (
-        "the mode is precision: it takes no room, nor costs any"
-    )
+    assert layercast["calibrated"] == [] and "10 and not 4, since " in said[1], "its product is another kernel yet"
+    assert "pytest-repro calibrate" not in said[1], "which refuses it: the mode is precision"
     refused = project.cli("calibrate", "golden/demo", "--numerics", "layercast", **OTHER)
     assert refused.rc == 2 and "precision itself differs" in refused.err and "--numerics fp32" in refused.err
 
