@@ -7,14 +7,26 @@ from typing import Any
 
 import pytest
 
-from pytest_repro import calibration, checks, judging
+from pytest_repro import calibration, checks, gate, judging
 from pytest_repro.calibration import MOST, basis, change_of, facts, moved, spoken, united, with_calibration
 from pytest_repro.errors import ConfigError, EngineError, GoldenError
 from pytest_repro.fingerprint import Change
 from pytest_repro.golden import Golden, signed
 from pytest_repro.noise import Calibration, Envelope
+from pytest_repro.suite import Shard
 from pytest_repro.verdict import Verdict
-from tests.unit.builders import IDENTITY, envelope, f32, generation, golden, judged, output, suite_result, variant
+from tests.unit.builders import (
+    IDENTITY,
+    envelope,
+    f32,
+    generation,
+    golden,
+    judged,
+    output,
+    suite,
+    suite_result,
+    variant,
+)
 
 HERE = {"engine": "scripted", "engine_version": "1.0", "batch_size": 4}
 """The builders' recording, as far as numerics go."""
@@ -287,3 +299,8 @@ def test_prompts_too_few_for_the_test_refuse_by_what_is_seen() -> None:
 def test_a_prompt_without_an_answer_is_an_error_and_no_noise() -> None:
     with pytest.raises(EngineError, match="prompt p0: NaN in logits"):
         reasons(1.0, verdict=Verdict.ERROR, reason="NaN in logits")
+
+
+def test_a_shard_measures_no_envelope() -> None:
+    with pytest.raises(ConfigError, match="a shard cannot measure it"):
+        gate.calibrate(suite("a"), "bf16", gate.Options(shard=Shard(1, 2)))
