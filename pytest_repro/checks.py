@@ -12,7 +12,7 @@ from . import knobs
 from .accuracy import PairedTest, paired_test
 from .comparison import finite
 from .result import Check, SuiteResult
-from .rounding import RoundingTest, rounding_test
+from .rounding import RoundingTest, of_precision, rounding_test
 from .suite import MOVED
 from .verdict import Verdict
 
@@ -80,7 +80,7 @@ def _moved(result: SuiteResult) -> dict[str, RoundingTest]:
     compute_class = result.golden["name"].partition("@")[0]
     variants = (result.envelope or {}).get("variants", ())
     found = {
-        how: rounding_test(np.array(moved, np.float64), levels, compute_class, result.environment_diff, variants)
+        how: rounding_test(np.array(moved, np.float64), levels, compute_class, result.since_measured, variants)
         for how, moved in changes.items()
     }
     return {how: test for how, test in found.items() if test is not None}
@@ -98,14 +98,24 @@ def _rounding(result: SuiteResult, tests: Mapping[str, RoundingTest]) -> Check:
     how, test = _clearest(tests)
     seen = f"gaps moved {test.ratio:.3g} times the benign level (median of {test.prompts} prompts, {how})"
     limit = f"{test.above} beyond {test.margin:g}, p = {test.p_value:.2g}"
-    if test.unmeasured:
-        limit += f"\n{test.margin:g} and not {test.usual:g}, since {_few(test.unmeasured)} differ: their rounding was not measured"
+    limit += "" if test.can_fail(alpha) else "; too few prompts to show more"
+    limit += _whose(result, test, alpha)
     if not test.fails(alpha):
-        power = "" if test.can_fail(alpha) else "; too few prompts to show more"
-        return Check("rounding", "pass", f"{seen}, which is rounding: {limit}{power}")
+        return Check("rounding", "pass", f"{seen}, which is rounding: {limit}")
     if (result.observed or {}).get("compute_class") == "fp32" and result.thresholds.fp32_waiver == "all":
         return Check("rounding", "skip", f"waived by fp32_waiver = all: {seen}, {limit}")
     return Check("rounding", "fail", f"{seen}, more than rounding moves them: {limit}")
+
+
+def _whose(result: SuiteResult, test: RoundingTest, alpha: float) -> str:
+    """Where the margin comes from: a line, or nothing where the recording's envelope covers all that differs."""
+    if not test.unmeasured:
+        return f"\nrounding measured here by calibrate on {', '.join(result.calibrated)}" if result.calibrated else ""
+    line = f"\n{test.margin:g} and not {test.usual:g}, since {_few(test.unmeasured)} differ: their rounding was not measured"
+    if test.fails(alpha):
+        return f"{line}, and calibrate takes no machine that moves so far"
+    command = _calibrate(result)
+    return f"{line}; to measure it: {command}" if command else line
 
 
 def _clearest(tests: Mapping[str, RoundingTest]) -> tuple[str, RoundingTest]:
@@ -240,9 +250,26 @@ def _bisect(result: SuiteResult) -> str:
     """The command that undoes what differs, run as this check was; empty where there is nothing for it to undo."""
     changes = result.environment_diff
     parted = any(p.divergence_index is not None for p in result.prompts)
-    of_a_test = "::" in result.again
-    if not parted or of_a_test or any(c.cls == "identity" for c in changes) or not knobs.can_be_undone(changes):
+    if not parted or any(c.cls == "identity" for c in changes) or not knobs.can_be_undone(changes):
         return ""
+    return _command("bisect", result, hands_on=True)
+
+
+def _calibrate(result: SuiteResult) -> str:
+    """The command that measures this machine's rounding; empty where it would refuse to."""
+    changes = result.environment_diff
+    barred = any(c.cls == "identity" for c in changes) or of_precision(changes)
+    return "" if barred or result.shard is not None else _command("calibrate", result)
+
+
+def _command(verb: str, result: SuiteResult, hands_on: bool = False) -> str:
+    """A command of this package, run as this check was; empty where it cannot be.
+
+    Args:
+        verb: `bisect` or `calibrate`, which have options of the same names.
+        result: of the check.
+        hands_on: whether the command hands options that are none of its own on to pytest.
+    """
     try:
         where, *given = split(result.again) or [result.path]
     except ValueError:  # a report that was tampered with: it names no command
@@ -255,5 +282,8 @@ def _bisect(result: SuiteResult) -> str:
             own += [knobs.OPTIONS[word], value]
         else:
             others.append(word)
-    command = ["pytest-repro", "bisect", where, "--numerics", result.numerics, *own]
+    of_a_test = "::" in result.again
+    if of_a_test or (others and not hands_on):
+        return ""
+    command = ["pytest-repro", verb, where, "--numerics", result.numerics, *own]
     return join([*command, "--", *others] if others else command)

@@ -17,7 +17,7 @@ from typing import Literal, Protocol
 
 import numpy as np
 
-from . import candidate, judging, models, noise, numerics, probe, sketch, store
+from . import calibration, candidate, judging, models, noise, numerics, probe, sketch, store
 from .arbiter import arbitrate
 from .comparison import Comparison, compare_decode, compare_replay
 from .engines.base import Engine, Opener, Spec, needs_model, opener
@@ -26,7 +26,8 @@ from .fingerprint import Fingerprint
 from .generation import Generation, Output, Request, Scores
 from .golden import Golden, Part
 from .judging import Gathered
-from .result import Recording, SuiteResult
+from .noise import Calibration, bulk_ratio
+from .result import Calibrated, Recording, SuiteResult
 from .suite import Prompt, Shard, Suite
 from .verdict import Judgement, Verdict
 
@@ -100,7 +101,7 @@ def check(suite: Suite, mode: str, options: Options, show: Progress | None = Non
         expect_golden(suite, mode, options)
         with live(suite, mode, options, show) as engine:
             result = replace(result, environment=environment(engine, suite), observed=engine.observe().to_json())
-            golden = find_golden(suite, mode, result, options)
+            result, golden = judging.on_basis(result, find_golden(suite, mode, result, options))
             result = judging.against(result, golden, suite, options.allow_changed)
             gathered = gather(engine, suite, golden, result, options, show)
             result = judging.judge_all(result, suite, golden, gathered, engine.decode, options.allow_code)
@@ -247,6 +248,104 @@ def _sketch(
 
 def _part(suite: Suite, shard: Shard) -> Part:
     return Part(shard.index, shard.count, len(suite.prompts), suite.digest_of_prompts(), suite.scorer_spelt)
+
+
+def calibrate(suite: Suite, mode: str, options: Options, show: Progress | None = None) -> Calibrated:
+    """Measure the envelope of a golden on this machine, and leave the golden with it as a candidate.
+
+    The plain check comes first, with the recording's envelope and the wide margin: a machine that moves more is refused.
+
+    Raises:
+        ReproError: no golden, one that cannot be calibrated here, another candidate that waits, or the engine failed;
+            nothing is left behind then.
+    """
+    if options.shard is not None:
+        why = "an envelope is one of the whole suite, whose prompts are judged together: a shard cannot measure it"
+        raise ConfigError(why, where=str(suite.folder), fix="calibrate without a shard")
+    started, show = time.monotonic(), show or Silent()
+    # Accuracy is not asked, and a scorer may be code.
+    suite = replace(suite, scorer="exact", prompts=tuple(replace(p, answer=None) for p in suite.prompts))
+    try:
+        expect_golden(suite, mode, options)
+        with live(suite, mode, options, show) as engine:
+            done = _calibrate_on(engine, suite, mode, options, show)
+    finally:
+        show.close()
+    return replace(done, seconds=time.monotonic() - started)
+
+
+def _calibrate_on(engine: Engine, suite: Suite, mode: str, options: Options, show: Progress) -> Calibrated:
+    if not engine.replays:
+        raise EngineError(f"the engine {engine.name} cannot score given tokens, which is how rounding is measured")
+    _recorded_as(engine, mode, None)
+    claimed = numerics.mode(mode).compute_class
+    result = judging.blank(suite, mode, claimed, None, options.shown_path)
+    result = replace(result, environment=environment(engine, suite), observed=engine.observe().to_json())
+    result = replace(result, again=_again(suite, options))
+    standing = find_golden(suite, mode, result, options)
+    place = store.Place(suite.folder, standing.stem, store.PENDING)
+    waiting = _calibrated_already(place, standing)
+    recorded = replace(standing, calibrations=())
+    result = judging.against(result, recorded, suite, frozenset())
+    calibration.expect_measurable(result, recorded)
+    result, refused = _plain_check(engine, suite, recorded, result, options, show)
+    facts = calibration.facts({**result.environment, "compute_class": (result.observed or {}).get("compute_class")})
+    done = calibration.outcome(result, recorded, facts, refused)
+    if refused:
+        return done
+    found = Calibration(facts, _envelope_here(engine, suite, recorded, show))
+    made = calibration.with_calibration(waiting, found, store.typed(place.text))
+    place.write(candidate.with_notes(replace(made, review=None), standing))
+    return replace(
+        done,
+        candidate=store.typed(place.text),
+        replaces=any(calibration.same_machine(found, c) for c in waiting.calibrations),
+        moved=calibration.moved(recorded.noise, found.envelope),
+    )
+
+
+def _calibrated_already(place: store.Place, standing: Golden) -> Golden:
+    """What a calibration is added to: the golden that stands, or one of it that waits with other calibrations.
+
+    Raises:
+        ConfigError: another candidate waits, or parts of one.
+    """
+    where = store.typed(place.folder)
+    waits = [p for p in store.places(place.folder, store.PENDING) if p.stem == place.stem]
+    if not waits:
+        return standing
+    there = place.trusted() if waits == [place] else None
+    if there is None or not calibration.same_recording(there, standing):
+        raise ConfigError(
+            "another candidate waits in the place of this golden, and would be lost",
+            where=store.typed(waits[0].text),
+            fix=f"pytest-repro {'merge' if waits[0].shard else 'review'} {quote(where)}, then calibrate again",
+        )
+    return calibration.united(there, standing, where)
+
+
+def _plain_check(
+    engine: Engine, suite: Suite, golden: Golden, result: SuiteResult, options: Options, show: Progress
+) -> tuple[SuiteResult, tuple[str, ...]]:
+    """The check as it would be here without any calibration, and why it allows none."""
+    result = replace(result, thresholds=replace(result.thresholds, fp32_waiver="none"))
+    gathered = gather(engine, suite, golden, result, replace(options, method="auto"), show)
+    result = judging.judge_all(result, suite, golden, gathered, engine.decode, False)
+    return result, tuple(calibration.moves_too_much(result, bulk_ratio(golden.compute_class)))
+
+
+def _envelope_here(engine: Engine, suite: Suite, golden: Golden, show: Progress) -> noise.Envelope:
+    """The golden's own tokens under every benign change that the engine knows here."""
+    asked = {request.id: request for request in _requests(engine, suite, None)}
+    requests = [asked[name] for name in golden.generation.ids]
+    found = _envelope(engine, golden.compute_class, requests, golden.generation, show)
+    unknown = np.isfinite(golden.noise.gap_level) & ~np.isfinite(found.gap_level)
+    if unknown.any():
+        raise EngineError(
+            f"the gaps of {unknown.sum()} prompts cannot be seen here, and the recording knows them",
+            fix="nothing was written; calibrate with the engine that checks, in its own process",
+        )
+    return found
 
 
 def expect_golden(suite: Suite, mode: str, options: Options) -> None:

@@ -25,7 +25,7 @@ from . import schemas
 from .errors import GoldenError
 from .fingerprint import Fingerprint
 from .generation import FINISH_REASONS, Generation, Tokens, digest, offsets_of, pack
-from .noise import Envelope
+from .noise import Calibration, Envelope
 from .sketch import Recorded
 from .suite import Shard, Thresholds
 
@@ -38,6 +38,8 @@ MIGRATIONS: dict[int, Migration] = {}
 
 _COLUMNS = {"logprob": np.float32, "gap": np.float32, "runner_up": np.int32}
 _UNSIGNED = ("digest", "review", "candidate")
+_BOUNDS = {"prompt_level": "max_abs_dlogp", "gap_level": "max_abs_dgap"}
+"""A prompt's level in an envelope -> the measure of the variants that bounds it."""
 
 
 @dataclass(frozen=True)
@@ -137,6 +139,8 @@ class Golden:
     """Of a candidate recorded under --repro-shard; None for a whole one."""
     sketch: Recorded | None = None
     """What the model's modules put out at a few rows; None if the engine cannot look inside."""
+    calibrations: tuple[Calibration, ...] = ()
+    """The envelope on other machines, measured there by `pytest-repro calibrate`."""
 
     @property
     def stem(self) -> str:
@@ -160,6 +164,7 @@ def encode(golden: Golden) -> tuple[bytes, bytes]:
         columns["noise.prompt_means"] = golden.noise.prompt_means
     if golden.sketch is not None:
         columns |= golden.sketch.tensors()
+    columns |= _calibrated_levels(golden.calibrations)
     numbers = save_tensors(columns)
     lines = [
         {
@@ -192,6 +197,8 @@ def encode(golden: Golden) -> tuple[bytes, bytes]:
         header["part"] = vars(golden.part)
     if golden.sketch is not None:
         header["sketch"] = golden.sketch.to_json()
+    if golden.calibrations:
+        header["calibrations"] = [_calibration(c) for c in golden.calibrations]
     body = [_line(line) for line in lines]
     header["digest"] = content_digest(header, body)
     header["review"] = None
@@ -204,6 +211,27 @@ def encode(golden: Golden) -> tuple[bytes, bytes]:
 
 def _levels(envelope: Envelope) -> dict[str, Any]:
     return {"noise.prompt_level": envelope.prompt_level, "noise.gap_level": envelope.gap_level}
+
+
+def _calibration(calibration: Calibration) -> dict[str, Any]:
+    return {
+        "fingerprint": dict(sorted(calibration.fingerprint.items())),
+        "noise": calibration.envelope.to_json(),
+    }
+
+
+def _calibrated_levels(calibrations: Sequence[Calibration]) -> dict[str, Any]:
+    return {
+        f"calibration.{i}.{name}": np.asarray(getattr(calibration.envelope, name), np.float32)
+        for i, calibration in enumerate(calibrations)
+        for name in _BOUNDS
+    }
+
+
+def signed(golden: Golden) -> Golden:
+    """The golden with the digest of its content as it is now."""
+    header, _, _ = encode(golden)[0].partition(b"\n")
+    return replace(golden, digest=json.loads(header)["digest"])
 
 
 def content_digest(header: Mapping[str, Any], body: Sequence[bytes]) -> str:
@@ -403,13 +431,9 @@ def _numbers(
         found = tensors.get(name)
         if found is None or found.shape != shape or (name == "offsets" and not np.array_equal(found, expected)):
             raise GoldenError(f"text and binary parts disagree about {name}", where=binary, fix=regenerate)
-    for level, of in (("noise.prompt_level", "max_abs_dlogp"), ("noise.gap_level", "max_abs_dgap")):
-        largest = max((variant[of] for variant in header["noise"]["variants"]), default=np.inf)
-        if np.any(tensors[level] < 0):
-            raise GoldenError("a prompt's noise level is negative", where=f"{binary} [{level}]", fix=regenerate)
-        if np.any(tensors[level] > 1.001 * largest):  # float32 holds the one, JSON the other
-            what = f"a prompt's noise level exceeds {largest:g}, the largest difference that was measured"
-            raise GoldenError(what, where=f"{binary} [{level}]", fix=regenerate)
+    for level, of in _BOUNDS.items():
+        _check_level(tensors, f"noise.{level}", _largest(header["noise"], of), binary, regenerate)
+    _check_calibrations(header, tensors, binary, regenerate)
     return tensors
 
 
@@ -421,6 +445,32 @@ def _sketch(header: Mapping[str, Any], tensors: Mapping[str, Any], where: str, r
     except ValueError as exc:
         what = f"text and binary parts disagree about the sketch of the model: {exc}"
         raise GoldenError(what, where=where, fix=regenerate) from None
+
+
+def _largest(envelope: Mapping[str, Any], measure: str) -> float:
+    return max((variant[measure] for variant in envelope["variants"]), default=np.inf)
+
+
+def _check_level(tensors: Mapping[str, Any], name: str, largest: float, binary: str, regenerate: str) -> None:
+    if np.any(tensors[name] < 0):
+        raise GoldenError("a prompt's noise level is negative", where=f"{binary} [{name}]", fix=regenerate)
+    if np.any(tensors[name] > 1.001 * largest):  # float32 holds the one, JSON the other
+        what = f"a prompt's noise level exceeds {largest:g}, the largest difference that was measured"
+        raise GoldenError(what, where=f"{binary} [{name}]", fix=regenerate)
+
+
+def _check_calibrations(header: Mapping[str, Any], tensors: Mapping[str, Any], binary: str, regenerate: str) -> None:
+    """Every calibration's levels: bounded like the recording's, and known wherever the recording's are."""
+    for i, calibration in enumerate(header.get("calibrations", ())):
+        for level, of in _BOUNDS.items():
+            name, recorded = f"calibration.{i}.{level}", tensors[f"noise.{level}"]
+            found = tensors.get(name)
+            if found is None or found.shape != recorded.shape or found.dtype != np.float32:
+                raise GoldenError(f"text and binary parts disagree about {name}", where=binary, fix=regenerate)
+            _check_level(tensors, name, _largest(calibration["noise"], of), binary, regenerate)
+            if np.any(~np.isfinite(found) & np.isfinite(recorded)):  # a check there would judge nothing
+                what = "a prompt's noise level is not known here, and in the recording it is"
+                raise GoldenError(what, where=f"{binary} [{name}]", fix=regenerate)
 
 
 def _build(
@@ -465,7 +515,13 @@ def _build(
         digest=header["digest"],
         part=Part(**header["part"]) if "part" in header else None,
         sketch=sketch,
+        calibrations=tuple(_read_calibration(c, i, tensors) for i, c in enumerate(header.get("calibrations", ()))),
     )
+
+
+def _read_calibration(data: Mapping[str, Any], index: int, tensors: Mapping[str, Any]) -> Calibration:
+    own, gaps = (np.asarray(tensors[f"calibration.{index}.{name}"], np.float32) for name in _BOUNDS)
+    return Calibration(data["fingerprint"], Envelope.from_json(data["noise"], own, gaps))
 
 
 def accepted(golden: Golden, review: Review) -> Golden:

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from . import accuracy, checks, fingerprint, noise, traces
+from . import accuracy, calibration, checks, fingerprint, noise, traces
 from .arbiter import Arbitration
 from .comparison import Comparison, Row, finite
 from .errors import EngineError, GoldenError, GoldenMissing, ReproError
@@ -129,6 +129,15 @@ def against(result: SuiteResult, golden: Golden, suite: Suite, allowed: frozense
         envelope_deficit=golden.noise.max_deficit,
         notes=notes,
     )
+
+
+def on_basis(result: SuiteResult, golden: Golden) -> tuple[SuiteResult, Golden]:
+    """The golden with the envelope that holds in this environment, and the result that says whose it is."""
+    observed = str((result.observed or {}).get("compute_class", "unknown"))
+    found = calibration.basis(golden, {**result.environment, "compute_class": observed})
+    if found.calibration is None:
+        return result, golden
+    return replace(result, calibrated=(found.calibration.when,), envelope_diff=found.changes), found.golden
 
 
 def described(golden: Golden) -> dict[str, Any]:

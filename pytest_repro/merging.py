@@ -14,7 +14,7 @@ import numpy as np
 
 from . import checks, noise
 from .errors import ConfigError, GoldenError
-from .fingerprint import Fingerprint, Value, class_of
+from .fingerprint import Change, Fingerprint, Value, class_of
 from .generation import joined, subset
 from .golden import Golden, Part
 from .result import Check, PromptResult, SuiteResult
@@ -61,6 +61,7 @@ def golden_of(parts: Sequence[Golden], *, where: str) -> Golden:
         candidate=None,
         digest="",
         part=None,
+        calibrations=(),
     )
 
 
@@ -157,6 +158,8 @@ def result_of(shards: Sequence[tuple[str, SuiteResult]]) -> SuiteResult:
         checks=(),
         environment=next((r.environment for r in ran.values()), {}),
         environment_diff=tuple({repr(c): c for r in results for c in r.environment_diff}.values()),
+        calibrated=tuple(dict.fromkeys(day for r in results for day in r.calibrated)),
+        envelope_diff=_since_measured(results),
         equal_fields=min((r.equal_fields for r in came_to_compare.values()), default=0),
         distribution=_distribution(results),
         localisation=next((r.localisation for r in results if r.localisation), None),
@@ -169,6 +172,13 @@ def result_of(shards: Sequence[tuple[str, SuiteResult]]) -> SuiteResult:
     whole = replace(whole, checks=_with_failed(whole.checks, found))
     steps = dict.fromkeys(step for r in (whole, *results) for step in r.next_steps)
     return replace(whole, next_steps=() if whole.passed else tuple(steps))
+
+
+def _since_measured(results: Sequence[SuiteResult]) -> tuple[Change, ...] | None:
+    """All that differs from where each shard's envelope was measured; None if the recording's served them all."""
+    if all(r.envelope_diff is None for r in results):
+        return None
+    return tuple({repr(c): c for r in results for c in r.since_measured}.values())
 
 
 def _distribution(results: Sequence[SuiteResult]) -> dict[str, Any] | None:

@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .comparison import compare_replay
+from .fingerprint import Fingerprint
 from .generation import Generation, Scores
 
 BULK_RATIO = {"fp32": 10.0, "exact": 1.0}
@@ -104,6 +105,20 @@ class Envelope:
         """Inverse of `to_json`."""
         variants = tuple(Variant(**v) for v in data["variants"])
         return cls(data["compute_class"], variants, prompt_level, gap_level, prompt_means)
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """The envelope of one golden on another machine than the one it was recorded on."""
+
+    fingerprint: Fingerprint
+    """Of that machine: the fields of numerics, and what names it (`calibration.facts`)."""
+    envelope: Envelope
+
+    @property
+    def when(self) -> str:
+        """The day on which it was measured, as it says itself."""
+        return str(self.fingerprint.get("time") or "an unknown day")[:10]
 
 
 def envelope(compute_class: str, golden: Generation, replays: Mapping[str, Sequence[Scores]]) -> Envelope:

@@ -103,6 +103,10 @@ class SuiteResult:
     environment: Fingerprint = field(default_factory=dict)
     environment_diff: tuple[Change, ...] = ()
     equal_fields: int = 0
+    calibrated: tuple[str, ...] = ()
+    """Days on which `pytest-repro calibrate` measured the envelope that was judged with; empty: the recording did."""
+    envelope_diff: tuple[Change, ...] | None = None
+    """How the environment differs from the calibration's; None where the recording's envelope was judged with."""
     envelope_deficit: float | None = None
     envelope: Mapping[str, Any] | None = None
     """The golden's envelope (`traces.described`); None where nothing was compared."""
@@ -124,6 +128,11 @@ class SuiteResult:
         for prompt in self.prompts:
             found[prompt.verdict] = found.get(prompt.verdict, 0) + 1
         return found
+
+    @property
+    def since_measured(self) -> tuple[Change, ...]:
+        """How the environment differs from the one that its envelope was measured in."""
+        return self.environment_diff if self.envelope_diff is None else self.envelope_diff
 
     @property
     def failures(self) -> list[Failure]:
@@ -180,3 +189,32 @@ class Recording:
     environment: Fingerprint = field(default_factory=dict)
     shard: str | None = None
     """`1/4` of a part; None of a whole candidate."""
+
+
+@dataclass(frozen=True)
+class Calibrated:
+    """A machine that was calibrated for a golden, or refused."""
+
+    name: str
+    path: str
+    numerics: str
+    golden: str
+    """The golden's name."""
+    prompts: int
+    machine: str
+    """Day and machine, in a few words."""
+    differs: tuple[Change, ...]
+    """What of this machine the recording's envelope does not cover."""
+    checked: tuple[str, ...]
+    """What the plain check came to, in lines; without what refused the machine."""
+    refused: tuple[str, ...] = ()
+    """Why this machine moves more than rounding; nothing was written then."""
+    candidate: str = ""
+    """File of the candidate that was left."""
+    replaces: bool = False
+    """Whether it takes the place of an earlier calibration of this machine."""
+    moved: Mapping[str, Any] | None = None
+    """Its levels beside the recording's (`calibration.moved`)."""
+    seconds: float = 0.0
+    next_steps: tuple[tuple[str, str], ...] = ()
+    """(command, what it is for)."""

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from . import candidate, fingerprint, probe, verification
+from . import calibration, candidate, fingerprint, probe, verification
 from .accuracy import paired_test
 from .errors import ConfigError, GoldenError
 from .fingerprint import Fingerprint, Value
 from .golden import Golden
+from .noise import Calibration
 from .store import Place, a_part
 from .text import inert
 from .verdict import Verdict, failures
@@ -43,6 +45,7 @@ def summary(place: Place) -> dict[str, Any]:
         "changed": 0,
         "against": None,
         "part": str(place.shard) if place.shard else None,
+        "calibrations": {},
     }
     try:
         golden = place.read()
@@ -53,7 +56,9 @@ def summary(place: Place) -> dict[str, Any]:
     except GoldenError:
         old = None
     changed = sum(note["verdict"] != "identical" for note in notes_on(golden, old).values())
-    return {**base, "prompts": len(golden.generation), "changed": changed, "against": old.digest if old else None}
+    found = {"prompts": len(golden.generation), "changed": changed, "against": old.digest if old else None}
+    machines = Counter(state for state, _, _ in calibration.change_of(old, golden)) if old else {}
+    return {**base, **found, "calibrations": dict(machines)}
 
 
 def notes_on(new: Golden, old: Golden | None) -> dict[str, dict[str, Any]]:
@@ -87,6 +92,7 @@ def changes(place: Place) -> dict[str, Any]:
         trouble = ""
     except GoldenError as exc:
         old, trouble = None, exc.what
+    new = calibration.united(new, old, str(place.text))  # as it will be accepted
     notes = notes_on(new, old)
     found: dict[str, Any] = {
         "path": str(place.text),
@@ -95,12 +101,13 @@ def changes(place: Place) -> dict[str, Any]:
         "counts": dict(Counter(note["verdict"] for note in notes.values())),
         **_thresholds(place, old, new, notes),
         "accuracy": _accuracy(old, new),
-        "envelope_grew": _envelope(old, new),
+        "envelope_grew": [*_envelope(old, new), *_calibrated_wider(old, new)],
+        "calibrations": [_machine(*change, new) for change in calibration.change_of(old or _uncalibrated(new), new)],
     }
     environment = fingerprint.diff(old.fingerprint, new.fingerprint) if old else []
     return {
         **found,
-        "head": [*_compared(old, new, trouble, found), *describe(new)],
+        "head": [*_compared(old, new, trouble, found), *describe(_uncalibrated(new))],
         "environment": [vars(c) for c in environment if c.field != "time"],
         "prompts": [_prompt(name, old, new, note) for name, note in notes.items() if note["verdict"] != "identical"],
     }
@@ -108,7 +115,7 @@ def changes(place: Place) -> dict[str, Any]:
 
 _NOTHING: dict[str, Any] = {
     "replaces": None, "counts": {}, "beyond_thresholds": [], "thresholds_loosened": [], "accuracy": None,
-    "envelope_grew": [], "environment": [], "prompts": [],
+    "envelope_grew": [], "calibrations": [], "environment": [], "prompts": [],
 }  # fmt: skip
 
 
@@ -181,6 +188,50 @@ def _grown_levels(old: Golden, new: Golden) -> list[dict[str, Any]]:
     return [{"measure": f"level of prompt {most[1]}", "golden": most[2], "now": most[3]}]
 
 
+def _uncalibrated(golden: Golden) -> Golden:
+    return replace(golden, calibrations=())
+
+
+def _calibrated_wider(old: Golden | None, new: Golden) -> list[dict[str, Any]]:
+    """Measures of a calibration's envelope that are larger than the recording's, or than those of the one it replaces."""
+    found = []
+    for state, machine, known in calibration.change_of(old or _uncalibrated(new), new):
+        if state == "dropped":
+            continue
+        here = replace(new, noise=machine.envelope)
+        found += [(grown, machine, "than in the recording") for grown in _envelope(new, here)]
+        if known is not None:
+            then = replace(new, noise=known.envelope)
+            found += [(grown, machine, "than it was calibrated before") for grown in _envelope(then, here)]
+    return [
+        {
+            **grown,
+            "measure": f"on {m.fingerprint.get('host') or '?'}, calibrated {m.when}, wider {than}: {grown['measure']}",
+        }
+        for grown, m, than in found
+    ]
+
+
+def _machine(state: str, found: Calibration, known: Calibration | None, new: Golden) -> dict[str, Any]:
+    """A calibration that comes or goes, beside the recording and the one it replaces."""
+    line = f"calibration {state}  {calibration.named(found)}"
+    if state == "dropped":
+        return {"state": state, "line": f"{line}: what it was measured against changed; calibrate again there"}
+    beside = calibration.moved(new.noise, found.envelope)
+    before = calibration.moved(known.envelope, found.envelope) if known else None
+    differs = calibration.differs(new, found)
+    lines = [line, f"  {calibration.spoken(beside)}", f"  where {calibration.told(differs)}" if differs else ""]
+    lines += [f"  {calibration.spoken(before, 'the one it replaces:')}"] if before else []
+    return {
+        "state": state,
+        "line": "\n".join(filter(None, lines)),
+        "fingerprint": dict(found.fingerprint),
+        "differs": [vars(change) for change in differs],
+        "beside_recording": beside,
+        "beside_replaced": before,
+    }
+
+
 def _compared(old: Golden | None, new: Golden, trouble: str, found: Mapping[str, Any]) -> list[str]:
     lines = [f"THRESHOLDS LOOSENED, and accepting puts them in force: {', '.join(found['thresholds_loosened'])}"]
     lines = lines if found["thresholds_loosened"] else []
@@ -198,6 +249,8 @@ def _compared(old: Golden | None, new: Golden, trouble: str, found: Mapping[str,
             f"the noise envelope grew: {grown['measure']} {grown['golden']:.2g} -> {grown['now']:.2g}. "
             "A wider envelope explains more: is that meant?"
         )
+    for change in found["calibrations"]:
+        lines += change["line"].split("\n")
     if (new.candidate or {}).get("against") != old.digest:
         lines.append("it was recorded against another golden than the one that lies here now")
     return lines
@@ -249,6 +302,9 @@ def describe(golden: Golden) -> list[str]:
         f"noise     mean |Δlogp| {golden.noise.mean_abs_dlogp:.2g}, largest change of a gap {golden.noise.max_deficit:.2g} "
         f"({'; '.join(v.name for v in golden.noise.variants) or 'not measured'})",
     ]
+    for machine in golden.calibrations:
+        lines.append(f"calibrated {inert(calibration.named(machine))}")
+        lines.append(f"          {calibration.spoken(calibration.moved(golden.noise, machine.envelope))}")
     if golden.review:
         r = golden.review
         lines.append(f"accepted  by {r.by}, {r.when}: {r.reason}")
@@ -271,6 +327,9 @@ def whole(golden: Golden, path: Path, only: str = "") -> dict[str, Any]:
         "generation": {"max_new_tokens": golden.max_new_tokens, "batch_size": golden.batch_size},
         "fingerprint": dict(golden.fingerprint),
         "noise": golden.noise.to_json(),
+        "calibrations": [
+            {"fingerprint": dict(c.fingerprint), "noise": c.envelope.to_json()} for c in golden.calibrations
+        ],
         "review": golden.review.to_json() if golden.review else None,
         "prompts": [
             {

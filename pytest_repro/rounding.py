@@ -27,6 +27,8 @@ PRECISION = (
     "engine.claimed.dtype", "engine.claimed.*quant*", "engine.claimed.kv_cache*",
 )  # fmt: skip
 """Fields that get no room when they differ: precision itself is what the test is to see."""
+SWITCHES = ("fp32_precision.*", "reduced_precision.*")
+"""Those of them that not every device has: where one side lacks one, the observed compute class says what it came to."""
 NO_KERNELS = ("env.PYTHONHASHSEED", "env.CUDA_LAUNCH_BLOCKING")
 """Numerics fields that choose no kernel."""
 MEASURED = {
@@ -94,10 +96,9 @@ def rounding_test(
     if not seen.any():
         return None
     ratios = _ratios(moved[seen], levels[seen])
-    numerics = dict.fromkeys(c.field for c in changes if c.cls == "numerics")
-    unmeasured = tuple(field for field in numerics if not _needs_no_room(field, variants))
+    beyond = unmeasured(changes, variants)
     usual = MARGIN.get(compute_class, MARGIN_16_BIT)
-    margin = bulk_ratio(compute_class) if unmeasured else usual
+    margin = bulk_ratio(compute_class) if beyond else usual
     excess = ratios - np.log(margin)
     return RoundingTest(
         prompts=len(ratios),
@@ -105,10 +106,23 @@ def rounding_test(
         above=int((excess > 0).sum()),
         margin=margin,
         usual=usual,
-        unmeasured=unmeasured,
+        unmeasured=beyond,
         p_value=_p_value(excess[excess != 0]),
         ranked=int((excess != 0).sum()),
     )
+
+
+def unmeasured(changes: Sequence[Change], variants: Sequence[str]) -> tuple[str, ...]:
+    """Numerics fields that differ, and that an envelope measured from these variants does not cover."""
+    numerics = dict.fromkeys(c.field for c in changes if c.cls == "numerics")
+    return tuple(field for field in numerics if not _needs_no_room(field, variants))
+
+
+def of_precision(changes: Sequence[Change]) -> list[Change]:
+    """Differences of precision itself; a class that cannot be seen, a server's, is what it is claimed to be."""
+    named = [c for c in changes if c.cls == "numerics" and _is_one_of(c.field, PRECISION)]
+    seen = [c for c in named if (c.field, c.now) != ("compute_class", "unknown")]
+    return [c for c in seen if not (_is_one_of(c.field, SWITCHES) and None in (c.golden, c.now))]
 
 
 def _ratios(now: NDArray[np.float64], level: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -129,4 +143,8 @@ def _p_value(excess: NDArray[np.float64]) -> float:
 def _needs_no_room(field: str, variants: Sequence[str]) -> bool:
     if field in MEASURED:
         return any(MEASURED[field] in name for name in variants)
-    return any(fnmatchcase(field, pattern) for pattern in (*PRECISION, *NO_KERNELS))
+    return _is_one_of(field, (*PRECISION, *NO_KERNELS))
+
+
+def _is_one_of(field: str, patterns: Sequence[str]) -> bool:
+    return any(fnmatchcase(field, pattern) for pattern in patterns)

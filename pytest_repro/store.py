@@ -18,7 +18,7 @@ from pathlib import Path
 from shlex import quote
 from typing import Any
 
-from . import candidate, merging
+from . import calibration, candidate, merging
 from . import golden as wire
 from .errors import ConfigError, GoldenError, GoldenMissing
 from .golden import Agreed, Golden, Review
@@ -305,7 +305,7 @@ def accept(place: Place, who: Reviewer, head: Committed | None = None) -> Golden
         raise ConfigError("accepting a golden needs a reason", fix='pytest-repro accept --all --reason "..."')
     if place.shard is not None:
         raise a_part(place)
-    pending_golden = place.read()
+    pending_golden = calibration.united(place.read(), place.other.trusted(), typed(place.text))
     previous, remark = _replaced(place, pending_golden.digest)
     if head is not None:
         previous = head.previous if head.digest == pending_golden.digest else head.digest

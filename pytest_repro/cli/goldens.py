@@ -23,6 +23,10 @@ Reason = Annotated[str, typer.Option("--reason", "-r", help="Why the new golden 
 All = Annotated[bool, typer.Option("--all", help="Every pending golden below PATH.")]
 
 
+LOUD = ("THRESHOLDS", "the noise envelope grew", "calibration dropped")
+"""How lines begin that a reviewer must not miss."""
+
+
 @app.command()
 @reported
 def pending(path: Where = Path("golden"), as_json: AsJson = False) -> None:
@@ -47,7 +51,8 @@ def _line(summary: dict[str, Any]) -> str:
         part = summary["part"].replace("/", " of ")
         return f"{summary['prompts']} prompts; this is a part, {part}: pytest-repro merge first"
     changed = "new" if summary["against"] is None else f"{summary['changed']} of {summary['prompts']} prompts changed"
-    return f"{summary['prompts']} prompts, {changed}"
+    machines = ", ".join(f"{n} calibration{'s'[: n > 1]} {state}" for state, n in summary["calibrations"].items())
+    return ", ".join(filter(None, [f"{summary['prompts']} prompts", changed, machines]))
 
 
 @app.command()
@@ -68,7 +73,7 @@ def _show_change(place: Place) -> None:
     change = review.changes(place)
     console.rule(Text(inert(str(place.text))), align="left")
     for line in change["head"]:
-        say(line, "red" if line.startswith(("THRESHOLDS", "the noise envelope grew")) else "")
+        say(line, "red" if line.startswith(LOUD) else "")
     if change["environment"]:
         table = Table(
             "field", "golden", "candidate", title="environment, suspects first", title_justify="left", box=None

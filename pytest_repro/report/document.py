@@ -60,6 +60,8 @@ def of_suite(result: SuiteResult) -> Document:
         "environment": dict(result.environment),
         "environment_diff": [asdict(change) for change in result.environment_diff],
         "equal_fields": result.equal_fields,
+        "calibrated": list(result.calibrated),
+        "envelope_diff": None if result.envelope_diff is None else [asdict(change) for change in result.envelope_diff],
         "checks": [asdict(check) for check in result.checks],
         "prompts": [_prompt(p, result) for p in result.prompts],
         "notes": list(result.notes),
@@ -165,6 +167,8 @@ def _result(suite: Mapping[str, Any], where: str) -> SuiteResult:
         environment=suite["environment"],
         environment_diff=tuple(Change(**change) for change in suite["environment_diff"]),
         equal_fields=suite["equal_fields"],
+        calibrated=tuple(suite.get("calibrated", ())),
+        envelope_diff=_changes(suite.get("envelope_diff")),
         envelope_deficit=suite["envelope_deficit"],
         envelope=suite["envelope"],
         distribution=suite["distribution"],
@@ -174,6 +178,10 @@ def _result(suite: Mapping[str, Any], where: str) -> SuiteResult:
         seconds=suite["seconds"],
         next_steps=tuple((step["command"], step["when"]) for step in suite["next_steps"]),
     )
+
+
+def _changes(found: Sequence[Mapping[str, Any]] | None) -> tuple[Change, ...] | None:
+    return None if found is None else tuple(Change(**change) for change in found)
 
 
 def _prompt_result(prompt: Mapping[str, Any]) -> PromptResult:

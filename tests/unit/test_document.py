@@ -43,6 +43,10 @@ RESULTS = {
         notes=("x",),
         next_steps=(("cmd", ""),),
     ),
+    "calibrated": suite_result(
+        judged("a"), calibrated=("2026-12-01",), envelope_diff=(Change("threads", "numerics", 1, 2),)
+    ),
+    "calibrated just here": suite_result(judged("a"), calibrated=("\x1b[31m",), envelope_diff=()),
 }
 
 

@@ -14,8 +14,9 @@ from pytest_repro import golden as wire
 from pytest_repro.errors import GoldenError
 from pytest_repro.generation import digest
 from pytest_repro.golden import Agreed, Golden, Review, decode, encode
+from pytest_repro.noise import Calibration, Envelope
 from pytest_repro.sketch import Recorded, Sketch
-from tests.unit.builders import REVIEW, f32, generation, golden, output
+from tests.unit.builders import REVIEW, f32, generation, golden, output, variant
 
 WHERE = "golden/s/bf16.golden.jsonl"
 BINARY = "golden/s/bf16.golden.safetensors"
@@ -448,3 +449,98 @@ def test_thresholds_of_a_review_are_held_against_the_schema(edit: Callable[[Any]
     with pytest.raises(GoldenError) as caught:
         read(edited(lambda h, _: edit(h["review"]["thresholds"]), signed=True, text=text))
     assert told in caught.value.what or caught.value.what.endswith("is not a review, or null")
+
+
+# --- calibrations ---------------------------------------------------------------------------------------------------
+
+MACHINE = {"cpu_model": "another", "time": "2026-12-01T10:00:00+00:00", "threads": 2, "autocast": False, "env.X": None}
+
+
+def calibrated(fingerprint: dict[str, Any] | None = None) -> Golden:
+    each = Calibration(fingerprint or MACHINE, envelope(3, gap_levels=[0.125, math.nan, 0.25]))
+    recorded = replace(GOLDEN, noise=envelope(3, gap_levels=[0.125, math.nan, 0.25]))
+    return replace(recorded, calibrations=(each,))
+
+
+def envelope(prompts: int, gap_levels: list[float]) -> Envelope:
+    return Envelope("bf16", (variant(),), f32([0.5] * prompts), f32(gap_levels))
+
+
+CALIBRATED = encode(calibrated())
+
+
+def recalibrated(change: Callable[[dict[str, Any]], None]) -> tuple[bytes, bytes]:
+    tensors = load(CALIBRATED[1])
+    change(tensors)
+    numbers = save(tensors)
+    return edited(lambda h, _: h.update(numbers=digest(numbers)), signed=True, text=CALIBRATED[0]), numbers
+
+
+def test_calibrations_come_back_and_are_part_of_the_digest() -> None:
+    back = read(*CALIBRATED)
+    (found,) = back.calibrations
+    assert found.fingerprint == MACHINE and found.when == "2026-12-01"
+    assert found.envelope.variants == (variant(),) and found.envelope.max_deficit == 0.25
+    for name in ("prompt_level", "gap_level"):
+        np.testing.assert_array_equal(getattr(found.envelope, name), getattr(calibrated().noise, name))
+    assert encode(back) == CALIBRATED
+    assert wire.signed(calibrated()).digest == back.digest != wire.signed(replace(back, calibrations=())).digest
+
+
+def test_a_golden_without_calibrations_is_what_it_was() -> None:
+    assert b"calibration" not in TEXT and b"calibration" not in NUMBERS
+    assert encode(replace(calibrated(), calibrations=())) == encode(replace(GOLDEN, noise=calibrated().noise))
+
+
+@pytest.mark.parametrize("name", ["prompt_level", "gap_level"])
+@pytest.mark.parametrize(
+    ("values", "told"),
+    [
+        ([0.125, math.nan, -1e-9], "negative"), ([0.125, math.nan, 7.0], "exceeds"), ([0.125, math.nan, math.inf], "exceeds"),
+        ([math.nan, math.nan, math.nan], "not known here"), ([0.125, 0.125], "disagree about calibration.0"),
+    ],
+    ids=["negative", "beyond what was measured", "infinite", "unknown", "too short"],
+)  # fmt: skip
+def test_levels_of_a_calibration_have_bounds(name: str, values: list[float], told: str) -> None:
+    with pytest.raises(GoldenError, match=told) as caught:
+        read(*recalibrated(lambda t: t.update({f"calibration.0.{name}": f32(values)})))
+    assert caught.value.where.startswith(BINARY)
+    assert f"calibration.0.{name}" in caught.value.where + caught.value.what
+
+
+def test_a_calibration_whose_levels_are_gone_or_of_another_kind() -> None:
+    with pytest.raises(GoldenError, match=r"disagree about calibration\.0\.gap_level"):
+        read(*recalibrated(lambda t: t.pop("calibration.0.gap_level")))
+    with pytest.raises(GoldenError, match=r"disagree about calibration\.0\.gap_level"):
+        read(*recalibrated(lambda t: t.update({"calibration.0.gap_level": np.zeros(3, np.int64)})))
+
+
+@pytest.mark.parametrize(
+    ("edit", "where"),
+    [
+        (lambda h: h["calibrations"].clear(), "calibrations"),
+        (lambda h: h.update(calibrations={}), "calibrations"),
+        (lambda h: h.update(calibrations=h["calibrations"] * 65), "calibrations"),
+        (lambda h: h["calibrations"][0].update(by="me"), "calibrations.0"),
+        (lambda h: h["calibrations"][0].pop("fingerprint"), "calibrations.0"),
+        (lambda h: h["calibrations"][0]["fingerprint"].update(x=[1]), "calibrations.0.fingerprint.x"),
+        (lambda h: h["calibrations"][0]["noise"]["variants"].clear(), "calibrations.0.noise.variants"),
+        (lambda h: h["calibrations"][0]["noise"]["variants"][0].update(max_deficit=-1), "calibrations.0.noise.variants.0.max_deficit"),
+        (lambda h: h["calibrations"][0]["noise"]["variants"][0].update(max_abs_dgap=math.inf), "calibrations.0.noise.variants.0.max_abs_dgap"),
+    ],
+)  # fmt: skip
+def test_calibrations_are_held_against_the_schema(edit: Callable[[Any], None], where: str) -> None:
+    with pytest.raises(GoldenError) as caught:
+        read(edited(lambda h, _: edit(h), signed=True, text=CALIBRATED[0]), CALIBRATED[1])
+    assert caught.value.where == f"{WHERE}:1 [{where}]"
+
+
+def test_a_calibration_edited_by_hand_is_seen() -> None:
+    with pytest.raises(GoldenError, match="edited by hand"):
+        read(edited(lambda h, _: h["calibrations"][0]["fingerprint"].update(cpu_model="mine"), signed=False, text=CALIBRATED[0]), CALIBRATED[1])  # fmt: skip
+
+
+def test_a_machine_that_calls_itself_oddly_stays_text() -> None:
+    text, numbers = encode(calibrated(fingerprint={"cpu_model": ODD, ODD: ODD, "time": ODD}))
+    assert text.isascii() and all(byte >= 32 or byte == 10 for byte in text) and len(text.splitlines()) == 4
+    assert read(text, numbers).calibrations[0].fingerprint == {"cpu_model": ODD, ODD: ODD, "time": ODD}

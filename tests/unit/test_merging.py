@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 
 from pytest_repro import checks, merging
+from pytest_repro import noise as noise_module
 from pytest_repro.errors import ConfigError, GoldenError
+from pytest_repro.fingerprint import Change
 from pytest_repro.generation import Generation, digest, subset
 from pytest_repro.golden import Golden, Part, decode, encode
 from pytest_repro.noise import envelope
@@ -264,3 +266,33 @@ def test_notes_name_who_says_them_and_what_the_machines_differ_in() -> None:
 
 def test_places_need_no_golden_order() -> None:
     assert np.array_equal(np.concatenate([Shard(i, 2).places(5, 2) for i in (1, 2)]), [0, 1, 4, 2, 3])
+
+
+def test_shards_on_machines_of_their_own_are_asked_by_what_none_of_them_measured() -> None:
+    """Each shard has its own machine's levels; the wide margin holds where one of the machines was not calibrated."""
+    rows = [replace(row, mean_abs_dgap=row.benign_dgap * 1.5) for row in ROWS if row.benign_dgap is not None]
+    other, threads = Change("cpu_model", "numerics", "x", "y"), Change("threads", "numerics", 1, 2)
+    there = {"rows": rows, "environment_diff": (other,), "envelope": {"variants": ("replay, 1 thread",)}}
+    measured = {**there, "calibrated": ("2026-12-01",), "envelope_diff": (threads,)}
+    all_measured = merging.result_of([shard(i, **measured) for i in (1, 2, 3)])
+    assert all_measured.envelope_diff == (threads,) and all_measured.calibrated == ("2026-12-01",)
+    assert not all_measured.passed and "7 beyond 1.1" in all_measured.checks[2].message
+    some = merging.result_of(
+        [
+            shard(1, **measured),
+            shard(2, **there),
+            shard(
+                3,
+                **measured,
+            ),
+        ]
+    )
+    assert some.envelope_diff == (threads, other) and some.passed and "0 beyond 2" in some.checks[2].message
+    none = merging.result_of([shard(i, **there) for i in (1, 2, 3)])
+    assert none.envelope_diff is None and none.calibrated == ()
+
+
+def test_a_merged_golden_is_calibrated_anew() -> None:
+    levels = noise_module.Envelope("bf16", recorded(ALL).noise.variants, *(np.zeros(3, np.float32),) * 2)
+    odd = replace(part(1), calibrations=(noise_module.Calibration({"host": "x"}, levels),))
+    assert merging.golden_of([odd, part(2), part(3)], where="").calibrations == ()

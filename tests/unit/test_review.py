@@ -12,7 +12,7 @@ from pytest_repro import golden as wire
 from pytest_repro.candidate import with_notes
 from pytest_repro.errors import GoldenError
 from pytest_repro.golden import Golden
-from pytest_repro.noise import Envelope
+from pytest_repro.noise import Calibration, Envelope
 from pytest_repro.review import changes, notes_on
 from pytest_repro.store import PENDING, Place
 from tests.unit.builders import envelope, f32, generation, golden, output, variant, write_suite
@@ -111,3 +111,63 @@ def test_a_benign_level_of_gaps_that_grew_is_named(tmp_path: Path, now: list[flo
     found = changes(pending)
     assert [grown["measure"] for grown in found["envelope_grew"]] == told
     assert any("the noise envelope grew: benign change of gaps" in line for line in found["head"]) is bool(told)
+
+
+# --- calibrations ---------------------------------------------------------------------------------------------------
+
+
+def machine(name: str, *, levels: float = 0.125, largest: float = 0.25, day: int = 1) -> Calibration:
+    known = Envelope("bf16", (variant("replay", max_abs_dgap=largest),), f32([0.5, 0.5]), f32([levels] * 2))
+    here = {"engine": "scripted", "engine_version": "1.0", "batch_size": 4}
+    return Calibration({**here, "cpu_model": name, "host": name, "time": f"2026-12-0{day}"}, known)
+
+
+def beside(tmp_path: Path, old: Golden, new: Golden) -> dict[str, Any]:
+    folder = write_suite(tmp_path / "s")
+    Place(folder, "bf16").write(old)
+    pending = Place(folder, "bf16", PENDING)
+    pending.write(with_notes(replace(new, review=None), old))
+    return changes(pending)
+
+
+def test_a_calibration_is_shown_beside_the_recording_and_what_it_replaces(tmp_path: Path) -> None:
+    old = replace(OLD, calibrations=(machine("x"), machine("y")))
+    found = beside(tmp_path, old, replace(OLD, calibrations=(machine("x", levels=0.15, day=2), machine("z"))))
+    assert [(c["state"], c["fingerprint"]["host"]) for c in found["calibrations"]] == [
+        ("replaced", "x"),
+        ("added", "z"),
+    ]
+    assert found["calibrations"][0]["beside_recording"]["gap_level"]["median"] == pytest.approx(1.2)
+    assert [c["field"] for c in found["calibrations"][1]["differs"]] == ["cpu_model"]
+    head = "\n".join(found["head"])
+    assert "calibration replaced  2026-12-02, host x, x" in head and "gaps 1.2 times the one it replaces: level" in head
+    assert found["envelope_grew"] == [] and "dropped" not in head
+
+
+@pytest.mark.parametrize(
+    ("now", "told"),
+    [
+        (machine("x"), []),
+        (machine("x", levels=0.2), ["benign change of gaps"]),
+        (machine("x", largest=0.5), ["max_deficit"]),
+    ],
+    ids=["as the recording", "levels", "the largest"],
+)
+def test_a_calibration_wider_than_the_recording_is_named(tmp_path: Path, now: Calibration, told: list[str]) -> None:
+    found = beside(tmp_path, OLD, replace(OLD, calibrations=(now,)))
+    assert [grown["measure"].partition("recording: ")[2] for grown in found["envelope_grew"]] == told
+    assert all(grown["measure"].startswith("on x, calibrated 2026-12-01, wider than in the recording") for grown in found["envelope_grew"])  # fmt: skip
+
+
+def test_one_that_grew_since_it_was_calibrated_is_named_too(tmp_path: Path) -> None:
+    old = replace(OLD, calibrations=(machine("x", levels=0.0625),))
+    found = beside(tmp_path, old, replace(OLD, calibrations=(machine("x", day=2),)))
+    assert [grown["measure"] for grown in found["envelope_grew"]] == [
+        "on x, calibrated 2026-12-02, wider than it was calibrated before: benign change of gaps"
+    ]
+
+
+def test_calibrations_of_another_generation_are_dropped_and_named(tmp_path: Path) -> None:
+    found = beside(tmp_path, replace(OLD, calibrations=(machine("x"),)), NEW)
+    assert [c["state"] for c in found["calibrations"]] == ["dropped"]
+    assert any(line.startswith("calibration dropped  2026-12-01, host x") for line in found["head"])
