@@ -27,6 +27,7 @@ LAYERS = [
         "noise",
         "calibration",
         "rounding",
+        "sketch",
         "accuracy",
         "verdict",
         "result",
