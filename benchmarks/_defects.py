@@ -272,6 +272,14 @@ def generation(engine: Any, **settings: Any) -> Iterator[None]:
 
 
 @contextmanager
+def sampled(temperature: float, engine: Any) -> Iterator[None]:
+    """A sampler in the place of greedy decoding."""
+    torch.manual_seed(0)
+    with generation(engine, do_sample=True, temperature=temperature, top_k=0):
+        yield
+
+
+@contextmanager
 def padding_seen(engine: Any) -> Iterator[None]:
     """An attention mask off by one under left padding: the last padding token is seen."""
     generate = engine.model.generate
@@ -292,6 +300,7 @@ def padding_seen(engine: Any) -> Iterator[None]:
 
 DECODING: dict[str, Defect] = {
     **{f"repetition penalty {p:g}": partial(generation, repetition_penalty=p) for p in (1.001, 1.01, 1.1)},
+    **{f"sampler at temperature {t:g}": partial(sampled, t) for t in (0.01, 0.1, 0.3)},
     "stops after 64 tokens": partial(generation, max_new_tokens=64),
     "attention mask off by one": padding_seen,
 }

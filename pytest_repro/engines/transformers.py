@@ -193,7 +193,7 @@ class TransformersEngine:
                 generation_config=self.model.generation_config,
                 logits_processor=LogitsProcessorList([recorder]),
             )
-        columns = recorder.columns()
+            columns = recorder.columns(sequences[:, -1])
         return [
             self._output(request, new, {name: column[row] for name, column in columns.items()})
             for row, (request, new) in enumerate(zip(batch, sequences[:, width:].tolist(), strict=True))
@@ -354,11 +354,16 @@ def _eager(model: Any) -> Iterator[None]:
 
 
 class _Recorder(LogitsProcessor):  # type: ignore[misc]
-    """Sees the logits of every step, writes numbers down, and hands the logits on untouched."""
+    """Sees the logits of every step, writes numbers down, and hands the logits on untouched.
+
+    Numbers are of the token that `generate` then chose, whatever it chose it by: it is known at the next step.
+    """
 
     def __init__(self, batch: Sequence[Request], device: torch.device, tick: Tick) -> None:
         self.rows: dict[str, list[torch.Tensor]] = {"logprob": [], "gap": [], "runner_up": []}
         self.tick = tick
+        self.waiting: torch.Tensor | None = None
+        """Logits of the last step, whose token is not known yet."""
         self.reference: torch.Tensor | None = None
         if any(r.reference is not None for r in batch):
             longest = max(len(r.reference) for r in batch if r.reference is not None)
@@ -370,20 +375,28 @@ class _Recorder(LogitsProcessor):  # type: ignore[misc]
             self.rows["reference_logprob"] = []
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        logits = scores.float()
-        total = logits.logsumexp(-1)
-        best = logits.topk(2)
-        chosen = logits.argmax(-1)  # generate's own choice: among ties it need not be topk's first
-        runner_up = torch.where(best.indices[:, 0] == chosen, best.indices[:, 1], best.indices[:, 0])
-        top = logits.gather(1, chosen[:, None])[:, 0]
-        step = len(self.rows["logprob"])
-        self.rows["logprob"].append(top - total)
-        self.rows["gap"].append(top - logits.gather(1, runner_up[:, None])[:, 0])
-        self.rows["runner_up"].append(runner_up)
-        if self.reference is not None:
-            self.rows["reference_logprob"].append(self._watched(logits, total, step))
+        self._settle(input_ids[:, -1])
+        self.waiting = scores.float()
+        if self.waiting is scores:
+            self.waiting = scores.clone()  # who comes after may change what is handed on in place
         self.tick(len(scores))
         return scores
+
+    def _settle(self, chosen: torch.Tensor) -> None:
+        """Write down the numbers of the last step, now that its token is known."""
+        if self.waiting is None:
+            return
+        logits, step = self.waiting, len(self.rows["logprob"])
+        total = logits.logsumexp(-1)
+        best = logits.topk(2).indices
+        rival = torch.where(best[:, 0] == chosen, best[:, 1], best[:, 0])
+        own = logits.gather(1, chosen[:, None])[:, 0]
+        self.rows["logprob"].append(own - total)
+        self.rows["gap"].append(own - logits.gather(1, rival[:, None])[:, 0])
+        self.rows["runner_up"].append(rival)
+        if self.reference is not None:
+            self.rows["reference_logprob"].append(self._watched(logits, total, step))
+        self.waiting = None
 
     def _watched(self, logits: torch.Tensor, total: torch.Tensor, step: int) -> torch.Tensor:
         assert self.reference is not None
@@ -393,8 +406,13 @@ class _Recorder(LogitsProcessor):  # type: ignore[misc]
         value = logits.gather(1, token.clamp(min=0)[:, None])[:, 0] - total
         return torch.where(token >= 0, value, torch.nan)
 
-    def columns(self) -> dict[str, Any]:
-        """Each column as an array of shape (batch, steps)."""
+    def columns(self, last: torch.Tensor) -> dict[str, Any]:
+        """Each column as an array of shape (batch, steps).
+
+        Args:
+            last: the tokens that were chosen last, shape (batch,).
+        """
+        self._settle(last)
         return {
             name: torch.stack(steps, 1).cpu().numpy().astype(np.int32 if name == "runner_up" else np.float32)
             for name, steps in self.rows.items()

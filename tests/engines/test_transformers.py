@@ -121,6 +121,31 @@ def test_decoding_watches_the_golden_token(engine: Any) -> None:
     assert deficit == pytest.approx(float(output.gap[5]), abs=1e-4)
 
 
+@pytest.mark.parametrize("settings", [{"do_sample": True, "temperature": 3.0}, {"repetition_penalty": 3.0}])
+def test_numbers_are_of_the_token_that_was_chosen_however_it_was(engine: Any, settings: dict[str, Any]) -> None:
+    """A sampler that nobody asked for passes over likelier tokens, and must not look as if it had chosen them."""
+    asked = requests(engine, "Hello", "Another prompt")
+    config, kept = engine.model.generation_config, {}
+    for name, value in settings.items():
+        kept[name] = getattr(config, name)
+        setattr(config, name, value)
+    try:
+        torch.manual_seed(0)
+        outputs = engine.generate(asked)
+    finally:
+        for name, value in kept.items():
+            setattr(config, name, value)
+    scores = engine.replay(
+        [replace(r, reference=o.tokens, reference_runner_up=o.runner_up) for r, o in zip(asked, outputs, strict=True)]
+    )
+    assert any((s.top != o.tokens).any() for s, o in zip(scores, outputs, strict=True)), "the settings chose otherwise"
+    if "do_sample" in settings:  # a penalty changes the very logits that the numbers are of
+        for score, output in zip(scores, outputs, strict=True):
+            np.testing.assert_allclose(output.logprob, score.logprob, atol=1e-4)
+            np.testing.assert_allclose(output.gap, score.gap, atol=1e-4)
+            assert (output.gap < 0).any()
+
+
 def test_nan_in_logits_is_an_error_of_the_prompt(files: ModelFiles) -> None:
     with opener("transformers")(Spec(mode("fp32"), 4, files.path, files)) as engine:
         (request,) = requests(engine, "Hello")
