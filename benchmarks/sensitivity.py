@@ -192,8 +192,10 @@ def benign(engine: Any) -> Iterator[tuple[str, Callable[[Sequence[Any]], Any]]]:
         yield f"{positions} positions at once", lambda r, p=positions: engine._replay(r, no_tick, p)
 
     def eager_single(requests: Sequence[Any]) -> Any:
-        with _threads(1):
-            return engine._replay_eager(requests, no_tick)
+        from pytest_repro.engines.transformers import _eager
+
+        with _threads(1), _eager(engine.model):
+            return engine.replay(requests)
 
     yield "eager attention, 1 thread", eager_single
 
