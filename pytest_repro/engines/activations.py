@@ -38,7 +38,7 @@ class Activations:
         self._seen.append(tensor)
         rows = self._rows(tensor)
         if rows is not None and name not in self.sketches:
-            wide = rows.detach().double().cpu().numpy()
+            wide = rows.detach().cpu().double().numpy()
             self.sketches[name] = (wide @ _directions(wide.shape[1])).astype(np.float32)
 
     def _rows(self, tensor: torch.Tensor) -> torch.Tensor | None:
