@@ -191,6 +191,7 @@ def test_a_small_real_bug_is_another_model_and_if_allowed_drift(scaled: Path, tm
     flipped = [p for p in run.suite["prompts"] if p["divergence_index"] is not None]
     assert len(flipped) < len(run.suite["prompts"])
     assert run.suite["metrics"]["mean_abs_dlogp"] > 100 * run.suite["metrics"]["benign_abs_dlogp"]
+    assert run.suite["localisation"]["module"] == "model.layers.15.mlp.down_proj"
 
 
 def test_weights_of_9_bits_show_in_the_suite_where_no_prompt_shows_them(quantised: Path, tmp_path: Path) -> None:
