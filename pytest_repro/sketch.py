@@ -32,7 +32,7 @@ UNITS = {"fp32": 4.0}
 order, which shows in 32 bits and is lost in 16. docs/decisions/0009-localisation.md."""
 JUMP = 2.5
 """Times farther out than the places before it that a module must be, each in units of what rounding explains there."""
-LOOKED_BACK = 16
+LOOKED_BACK = 32
 """Places before it that are asked."""
 _INPUT = ":input"
 
@@ -181,11 +181,10 @@ def locate(then: Recorded, now: Sketch, compute_class: str, same_environment: bo
     beyond = ~(moved <= allowed)
     if not beyond.any():
         return Location("", _nowhere(exact, moved), compared=len(names))
-    first = int(np.argmax(beyond))
+    named = beyond if exact else beyond & _stands_out(moved, allowed)
+    first = int(np.argmax(named if named.any() else beyond))
     seen = (finite(float(moved[first])), float(allowed[first]), len(names))
-    with np.errstate(divide="ignore", invalid="ignore"):
-        excess = moved / allowed
-    if not exact and not _stands_out(excess, first):
+    if not named.any():
         what = f"{spoken(names[first])} is the first to leave its envelope, and those before it had nearly left theirs"
         return Location("", what, *seen)
     return Location(module_of(names[first]), _finding(names[first], first, exact), *seen)
@@ -206,10 +205,12 @@ def _allowed(level: NDArray[np.float32], compute_class: str) -> NDArray[np.float
     return bulk_ratio(compute_class) * np.maximum(level.astype(np.float64), unit)
 
 
-def _stands_out(excess: NDArray[np.float64], first: int) -> bool:
-    """Whether a place is much farther out than those before it: a defect jumps, and noise that adds up creeps."""
-    before = excess[max(0, first - LOOKED_BACK) : first]
-    return not before.size or not excess[first] < JUMP * before.max()
+def _stands_out(moved: NDArray[np.float64], allowed: NDArray[np.float64]) -> NDArray[np.bool_]:
+    """Which places are much farther out than those before them: a defect jumps, and noise that adds up creeps."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        excess = np.where(moved == 0, 0.0, moved / allowed)
+    before = [excess[max(0, i - LOOKED_BACK) : i].max(initial=0.0) for i in range(len(excess))]
+    return ~(excess < JUMP * np.array(before))
 
 
 def _nowhere(exact: bool, moved: NDArray[np.float64]) -> str:
@@ -232,7 +233,7 @@ def spoken(point: str) -> str:
 
 
 def _finding(point: str, before: int, exact: bool) -> str:
-    how = "differs from the recording's" if exact else "left its envelope"
+    how = "differs from the recording's" if exact else "jumped out of its envelope"
     what = (
         f"what it computes before its {point.removesuffix(_INPUT).rpartition('.')[2]}"
         if point.endswith(_INPUT)
