@@ -33,6 +33,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Project:
 
 
 def checked(project: Project, *args: str, **env: str) -> tuple[dict[str, Any], list[str]]:
+    (project.root / "report.json").unlink(missing_ok=True)
     project.check("--repro-report-json", "report.json", *args, **env)
     (suite,) = project.json()["suites"]
     return suite, next(c["message"].split("\n") for c in suite["checks"] if c["name"] == "rounding")
@@ -68,8 +69,6 @@ def test_another_instruction_set_is_measured_and_judged_by_its_own_rounding(proj
     refused = project.cli("calibrate", "golden/demo", "--numerics", "layercast", **OTHER)
     assert refused.rc == 2 and "precision itself differs" in refused.err and "--numerics fp32" in refused.err
 
-    rounded, _ = checked(project, "--repro-engine-option", "round_weights=4", **OTHER)
-    assert rounded["verdict"] == "fail" and rounded["calibrated"] == [day]
     at_home, said = checked(project, **RECORDED)
     assert at_home["verdict"] == "pass" and at_home["calibrated"] == [] and len(said) == 1
 
