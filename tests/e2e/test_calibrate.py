@@ -306,7 +306,7 @@ def test_ctrl_c_leaves_nothing(project: Project) -> None:
     ) as process:  # fmt: skip
         assert process.stdout is not None and process.stdout.readline() == "begun\n"
         process.send_signal(signal.SIGINT)
-        out, err = process.communicate(timeout=60)
+        out, err = process.communicate(timeout=300)
     assert process.returncode == 130 and "nothing was written" in out and "Traceback" not in err, out + err
     assert {name: data for name, data in project.golden_files().items() if "script" not in name} == before
 
