@@ -376,9 +376,7 @@ class _Recorder(LogitsProcessor):  # type: ignore[misc]
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         self._settle(input_ids[:, -1])
-        self.waiting = scores.float()
-        if self.waiting is scores:
-            self.waiting = scores.clone()  # who comes after may change what is handed on in place
+        self.waiting = scores.to(torch.float32, copy=True)  # who comes after may change what is handed on in place
         self.tick(len(scores))
         return scores
 
