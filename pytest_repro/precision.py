@@ -251,7 +251,7 @@ def _watched(model: Any) -> tuple[Observation | None, str]:
     from torch.overrides import TorchFunctionMode
 
     found: list[Observation] = []
-    with _inside(model) as modules:
+    with inside(model) as modules:
 
         class Watch(TorchFunctionMode):
             def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -262,14 +262,14 @@ def _watched(model: Any) -> tuple[Observation | None, str]:
                 return out
 
         with Watch():
-            out = _a_few_tokens(model)
+            out = a_few_tokens(model)
     # Where several things are narrow, the first is nearest to the cause.
     first = next((o for o in found if not o.fp32_class), None)
     return first or min(found, key=lambda o: o.sum_bits, default=None), _cache_dtype(out)
 
 
 @contextmanager
-def _inside(model: Any) -> Iterator[list[str]]:
+def inside(model: Any) -> Iterator[list[str]]:
     """Names of the modules whose forward pass is under way, the innermost last."""
     from torch.nn.modules import module as hooks
 
@@ -286,7 +286,7 @@ def _inside(model: Any) -> Iterator[list[str]]:
             handle.remove()
 
 
-def _a_few_tokens(model: Any) -> Any:
+def a_few_tokens(model: Any) -> Any:
     """The model's output for some tokens, with a cache."""
     import torch
 
@@ -298,7 +298,7 @@ def _a_few_tokens(model: Any) -> Any:
 
 def kv_cache_dtype(model: Any) -> str:
     """The narrowest dtype of what tokens leave in the cache, `none` without one: observed by running some."""
-    return _cache_dtype(_a_few_tokens(model))
+    return _cache_dtype(a_few_tokens(model))
 
 
 def _cache_dtype(out: Any) -> str:

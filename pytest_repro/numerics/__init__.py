@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from ..errors import ConfigError
 
-_MODES = ("native", "bf16", "fp16", "fp32", "layercast")
+_MODES = ("native", "bf16", "fp16", "fp32", "layercast", "exact")
 
 
 @dataclass(frozen=True)
