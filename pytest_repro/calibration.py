@@ -19,7 +19,7 @@ from .errors import ConfigError, EngineError, GoldenError
 from .fingerprint import Change, Fingerprint, class_of
 from .generation import Generation
 from .golden import Golden, signed
-from .noise import Calibration, Envelope
+from .noise import EXACT, Calibration, Envelope
 from .result import Calibrated, SuiteResult
 from .rounding import of_precision, unmeasured
 from .verdict import ALWAYS_FAIL, Verdict
@@ -97,6 +97,9 @@ def expect_measurable(result: SuiteResult, golden: Golden) -> None:
     where, again = result.path, f"pytest --repro-update {result.again} --repro-numerics {result.numerics}"
     if golden.review is None:
         raise GoldenError("this golden was never reviewed", where=where, fix=f"pytest-repro review {quote(where)}")
+    if golden.compute_class == EXACT:
+        what = "an exact golden has no rounding to measure: every machine gives its bits, or drifts"
+        raise ConfigError(what, where=where, fix=f"pytest --repro-check {result.again} --repro-numerics {result.numerics}")
     if not golden.noise.variants:
         what = (
             "this golden has no envelope of its own, which a machine could be held against: its engine could not replay"

@@ -11,6 +11,7 @@ import numpy as np
 from . import knobs
 from .accuracy import PairedTest, paired_test
 from .comparison import finite
+from .noise import EXACT
 from .result import Check, SuiteResult
 from .rounding import RoundingTest, of_precision, rounding_test
 from .suite import MOVED
@@ -70,14 +71,14 @@ def _waiver(result: SuiteResult) -> str:
 def _moved(result: SuiteResult) -> dict[str, RoundingTest]:
     """Tests of the whole suite by what was replayed and by what was decoded, as far as there is either."""
     assert result.golden is not None
-    if result.shard is not None:
+    if result.shard is not None or _of_class(result) == EXACT:
         return {}
     compared = [p for p in result.prompts if p.method]
     changes = {"replayed": [p.mean_abs_dgap for p in compared], "decoded": [p.decoded_dgap for p in compared]}
     if result.settings.get("method") == "decode":
         del changes["replayed"]  # only what looked odd was: that says nothing of the rest
     levels = np.array([p.benign_dgap for p in compared], np.float64)
-    compute_class = result.golden["name"].partition("@")[0]
+    compute_class = _of_class(result)
     variants = (result.envelope or {}).get("variants", ())
     found = {
         how: rounding_test(np.array(moved, np.float64), levels, compute_class, result.since_measured, variants)
@@ -91,6 +92,8 @@ def _rounding(result: SuiteResult, tests: Mapping[str, RoundingTest]) -> Check:
         why = "the golden, or this engine, knows no gaps between tokens"
         if result.shard is not None:
             why = IN_A_SHARD
+        elif _of_class(result) == EXACT:
+            why = "exact compute does not round, and every number is compared bit for bit"
         elif not any(p.method for p in result.prompts):
             why = "nothing was compared"
         return Check("rounding", "skip", f"not judged: {why}")
@@ -105,6 +108,12 @@ def _rounding(result: SuiteResult, tests: Mapping[str, RoundingTest]) -> Check:
     if (result.observed or {}).get("compute_class") == "fp32" and result.thresholds.fp32_waiver == "all":
         return Check("rounding", "skip", f"waived by fp32_waiver = all: {seen}, {limit}")
     return Check("rounding", "fail", f"{seen}, more than rounding moves them: {limit}")
+
+
+def _of_class(result: SuiteResult) -> str:
+    """The compute class of the golden."""
+    assert result.golden is not None
+    return str(result.golden["name"]).partition("@")[0]
 
 
 def _whose(result: SuiteResult, test: RoundingTest, alpha: float) -> str:

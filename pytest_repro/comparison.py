@@ -34,6 +34,7 @@ class Row:
     token_now: float
     mean_abs_dlogp: float
     mean_abs_dgap: float
+    moved: float
 
 
 def finite(value: float) -> float | None:
@@ -66,6 +67,8 @@ class Comparison:
     """Its mean |change|."""
     compared: Ints
     """Positions whose log-probabilities were compared."""
+    moved: Ints
+    """Positions at which the log-probability or the gap has other bits, as far as both are known."""
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -112,6 +115,7 @@ def compare_replay(golden: Generation, scores: Sequence[Scores]) -> Comparison:
         max_abs_dgap=_max(dgap, starts),
         mean_abs_dgap=_mean(dgap, owner, len(rows)),
         compared=np.diff(starts),
+        moved=_moved(dlogp, dgap, owner, len(rows)),
     )
 
 
@@ -152,6 +156,7 @@ def compare_decode(golden: Generation, now: Generation) -> Comparison:
         max_abs_dgap=_max(dgap, starts),
         mean_abs_dgap=_mean(dgap, owner, len(rows)),
         compared=np.bincount(owner[seen], minlength=len(rows)).astype(np.int64),
+        moved=_moved(dlogp, dgap, owner, len(rows)),
     )
 
 
@@ -218,6 +223,11 @@ def _mean(values: Floats, owner: Ints, rows: int) -> Floats:
     count = np.bincount(owner[good], minlength=rows)
     out: Floats = np.divide(total, count, out=np.full(rows, np.nan), where=count > 0)
     return out
+
+
+def _moved(dlogp: Floats, dgap: Floats, owner: Ints, rows: int) -> Ints:
+    """How many of each row's positions have a difference that is not zero; NaN entries are none."""
+    return np.bincount(owner[(dlogp > 0) | (dgap > 0)], minlength=rows).astype(np.int64)
 
 
 def _max(values: Floats, starts: Ints) -> Floats:

@@ -555,7 +555,14 @@ def _envelope(
         for score in replays[name]:
             if score.error:
                 raise EngineError(f"prompt {score.id} under {name}: {score.error}", fix="nothing was recorded")
-    return noise.envelope(compute_class, generation, replays)
+    found = noise.envelope(compute_class, generation, replays)
+    for variant in found.variants if compute_class == noise.EXACT else ():
+        if variant.max_abs_dlogp or variant.max_abs_dgap or variant.flipped_prompts:
+            raise EngineError(
+                f"exact compute does not hold here: under {variant.name} the numbers have other bits",
+                fix="nothing was recorded; --repro-numerics fp32 bears differences of rounding",
+            )
+    return found
 
 
 def _with_own_answers(requests: Sequence[Request], generation: Generation) -> list[Request]:

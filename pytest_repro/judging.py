@@ -216,6 +216,8 @@ def doubtful(replayed: Comparison, golden: Golden) -> set[str]:
     limit = noise.bulk_ratio(golden.compute_class)
     levels = np.array([golden.noise.level(row) for row in rows])
     outside = replayed.mean_abs_dlogp > limit * levels
+    if golden.compute_class == noise.EXACT:
+        outside |= replayed.moved > 0
     return {name for name, doubt in zip(replayed.ids, replayed.differs | outside, strict=True) if doubt}
 
 
@@ -335,6 +337,7 @@ class _View:
             envelope_deficit=limit,
             level=self.golden.noise.level(row),
             ratio=noise.bulk_ratio(self.golden.compute_class),
+            other_bits=_other_bits(self.golden, replayed, decoded),
         )
         return evidence, shown
 
@@ -368,6 +371,11 @@ class _View:
         if name in self.decoded and now is not None:
             return now.length(self.answered[name])
         return self.golden.generation.length(row) if index is None else None
+
+
+def _other_bits(golden: Golden, *rows: Row | None) -> int | None:
+    """Tokens whose numbers moved at all, where that is what counts: the most that either way of checking saw."""
+    return max(int(row.moved) for row in rows if row is not None) if golden.compute_class == noise.EXACT else None
 
 
 def _change(value: float) -> float | None:

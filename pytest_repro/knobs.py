@@ -119,10 +119,11 @@ KNOBS: tuple[Knob, ...] = (
     # Likeliest culprit first, as in `fingerprint.SUSPECTS`: it is the order of the trials.
     Knob("numerics", ("numerics", "compute_class"), option="--repro-numerics",
          brings=("dtype", "quantization", "kv_cache_dtype", "autocast", "fp32_precision.*", "reduced_precision.*",
-                 "engine.product", "engine.round_weights")),
+                 "engine.product", "engine.round_weights", "attention")),
     Knob("batch size", ("batch_size",), option="--repro-batch-size", values=_COUNT),
     Knob("engine", ("engine",), option="--repro-engine", values=_LOCAL_ENGINE, brings=("*",)),
-    Knob("attention kernel", ("attention",), engine_options={"transformers": "attention", "vllm": "attention_backend"}),
+    Knob("attention kernel", ("attention",), engine_options={"transformers": "attention", "vllm": "attention_backend"},
+         values=re.compile(r"(?!exact$)[A-Za-z0-9_]{1,64}")),  # exact compute's own goes with its mode
     Knob("device", ("device", "device_class"), engine_options={"transformers": "device"}, values=re.compile("cpu")),
     _vllm("tensor parallelism", "tensor_parallel_size", "tensor_parallel_size", _COUNT),
     _vllm("pipeline parallelism", "engine.pipeline_parallel_size", "pipeline_parallel_size", _COUNT),

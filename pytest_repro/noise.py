@@ -20,7 +20,9 @@ from .comparison import compare_replay
 from .fingerprint import Fingerprint
 from .generation import Generation, Scores
 
-BULK_RATIO = {"fp32": 10.0, "exact": 1.0}
+EXACT = "exact"
+"""The compute class without rounding to explain anything: any bit that differs is drift."""
+BULK_RATIO = {"fp32": 10.0, EXACT: 1.0}
 """How many times a prompt's own benign mean |Δlogp| still counts as benign, by compute class; see `bulk_ratio`."""
 BULK_RATIO_16_BIT = 2.0
 

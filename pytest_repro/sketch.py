@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .comparison import finite
-from .noise import bulk_ratio
+from .noise import EXACT, bulk_ratio
 
 PROJECTIONS = 4
 """Numbers that are kept of a row, however wide."""
@@ -176,7 +176,7 @@ def locate(then: Recorded, now: Sketch, compute_class: str, same_environment: bo
     old, new = [at[now.points[i]] for i in common], list(common)
     names = [now.points[i] for i in common]
     moved = distances(_picked(then.sketch, old), _picked(now, new))
-    exact = same_environment and then.repeatable
+    exact = (same_environment and then.repeatable) or compute_class == EXACT
     allowed = np.zeros(len(names)) if exact else _allowed(then.level[old], compute_class)
     beyond = ~(moved <= allowed)
     if not beyond.any():

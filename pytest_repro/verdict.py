@@ -5,6 +5,8 @@ Rounding explains a difference when both hold:
 * the tail: the golden token's largest deficit lies within the largest change of a gap that benign changes made;
 * the bulk: the prompt's mean |Δlogp| is not several times its benign level, so that the whole text is as near to the
   golden as rounding leaves it. A text whose every token moved tenfold is drift, even if no token flipped.
+
+Of an exact golden rounding explains nothing: a prompt whose every number has the golden's bits is identical, any other drifts.
 """
 
 from __future__ import annotations
@@ -57,6 +59,8 @@ class Evidence:
     """The prompt's benign mean |Δlogp|, nats."""
     ratio: float
     """How many times `level` is still benign."""
+    other_bits: int | None = None
+    """Tokens whose numbers have other bits than an exact golden's; None for any other golden."""
 
     @property
     def moved(self) -> float:
@@ -94,6 +98,8 @@ def judge(seen: Evidence, waiver: Waiver, fp32_observed: bool) -> Judgement:
         waiver: the policy, `Thresholds.fp32_waiver`.
         fp32_observed: whether the probe found FP32-class products and sums in the process that holds the model.
     """
+    if seen.other_bits is not None:
+        return _judge_bits(seen, seen.other_bits)
     if not seen.differs and not seen.bulk_outside:
         return Judgement(Verdict.IDENTICAL)
     reasons = _why_not_rounding(seen)
@@ -104,6 +110,15 @@ def judge(seen: Evidence, waiver: Waiver, fp32_observed: bool) -> Judgement:
     if fp32_observed and waiver == "all":
         return Judgement(Verdict.WAIVED, f"waived by fp32_waiver = all, although {' and '.join(reasons)}")
     return Judgement(Verdict.DRIFT, " and ".join(reasons))
+
+
+def _judge_bits(seen: Evidence, other: int) -> Judgement:
+    """Identical or drift: no policy waives what no rounding can have done."""
+    if not seen.differs and not other:
+        return Judgement(Verdict.IDENTICAL)
+    flipped = ["another token is chosen"] if seen.differs else []
+    counted = [f"the numbers of {other} token{'s' if other > 1 else ''} have other bits"] if other else []
+    return Judgement(Verdict.DRIFT, f"{' and '.join(flipped + counted)}, and exact compute does not round")
 
 
 def _why_not_rounding(seen: Evidence) -> list[str]:

@@ -13,7 +13,7 @@ import gc
 import inspect
 import re
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -32,12 +32,15 @@ from .. import precision, probe
 from ..errors import ConfigError, EngineError
 from ..fingerprint import Fingerprint
 from ..generation import Output, Request, Scores, digest
-from ..numerics import layercast
+from ..numerics import exact, layercast
 from ..sketch import Sketch, positions
 from ..suite import Prompt
 from .activations import Activations, sketch_of, watched
 from .base import Engine, Spec, Tick, no_tick
 from .tokenizer import encode, eos, load_tokenizer
+
+Sum = Callable[[torch.Tensor], torch.Tensor]
+"""ln of the sum of e^x along the last dimension, in the mode's compute."""
 
 REPLAY_LOGITS = 64 * 2**20
 """Most logits (positions x vocabulary) of one replay batch: 256 MiB as float32."""
@@ -61,7 +64,8 @@ def open_engine(spec: Spec) -> Iterator[Engine]:
     with spec.mode.switches():
         engine = TransformersEngine(spec)
         try:
-            yield engine
+            with engine.computing():
+                yield engine
         finally:
             engine.close()
 
@@ -103,6 +107,12 @@ class TransformersEngine:
                 where=f"{self.spec.folder} [engine.attention]",
                 fix='attention = "sdpa" or "eager"',
             )
+        if attention is not None and self.exact:
+            raise ConfigError(
+                f"exact compute has an attention of its own, and the suite asks for {attention!r}",
+                where=f"{self.spec.folder} [engine.attention]",
+                fix="leave attention out, or another numerics mode",
+            )
         options: dict[str, Any] = {"attn_implementation": attention} if attention else {}
         dtype = getattr(torch, self.spec.mode.dtype) if self.spec.mode.dtype else "auto"
         options |= self._storage()
@@ -118,8 +128,21 @@ class TransformersEngine:
             raise
         return model.to(self.device).eval()
 
+    @property
+    def exact(self) -> bool:
+        """Whether the mode is exact compute."""
+        return self.spec.mode.storage == "exact"
+
+    def computing(self) -> AbstractContextManager[None]:
+        """What the loaded model computes in, where that is more than switches."""
+        if not self.exact:
+            return nullcontext()
+        return exact.computing(self.model, self.spec.options.get("round_weights"), self.spec.say)
+
     def _prepare(self) -> str:
-        """How LayerCast multiplies on this device, compiled now; empty for other modes."""
+        """How LayerCast or exact compute multiplies on this device, compiled now; empty for other modes."""
+        if self.exact:
+            return exact.prepare(self.spec.say)
         if self.spec.mode.storage != "layercast":
             return ""
         return layercast.prepare(self.device, self.spec.say)
@@ -141,7 +164,7 @@ class TransformersEngine:
     def observe(self) -> precision.Observation:
         """What the model's own arithmetic shows, on its own device."""
         with _explained("probing", self._memory_hint):
-            return precision.observe(self.model)
+            return exact.observe(self.model) if self.exact else precision.observe(self.model)
 
     def facts(self) -> Fingerprint:
         """What is in force."""
@@ -185,7 +208,7 @@ class TransformersEngine:
         for row, request in enumerate(batch):
             ids[row, width - len(request.tokens) :] = torch.from_numpy(request.tokens.astype(np.int64))
             mask[row, width - len(request.tokens) :] = 1
-        recorder = _Recorder(batch, self.device, tick)
+        recorder = _Recorder(batch, self.device, tick, self._logsumexp)
         with _explained(f"decoding a batch of {len(batch)}", self._memory_hint), torch.inference_mode():
             sequences = self.model.generate(
                 input_ids=ids.to(self.device),
@@ -278,7 +301,10 @@ class TransformersEngine:
         logits = self.model(input_ids=ids.to(self.device), use_cache=False, **keeping).logits
         if not keeping:
             logits = logits[:, first : width - 1]
-        return [_score(request, logits[row, len(request.tokens) - 1 - first :]) for row, request in enumerate(batch)]
+        return [
+            _score(request, logits[row, len(request.tokens) - 1 - first :], self._logsumexp)
+            for row, request in enumerate(batch)
+        ]
 
     def benign(self) -> Iterator[tuple[str, Callable[[Sequence[Request], Tick], list[Scores]]]]:
         """Prefill instead of decode, then that with another batch size, one thread, another attention kernel."""
@@ -291,7 +317,7 @@ class TransformersEngine:
         """Benign changes of the loaded model."""
         if self.device.type == "cpu" and torch.get_num_threads() > 1:
             yield "1 thread", _single_thread
-        if self.model.config._attn_implementation != "eager":
+        if self.model.config._attn_implementation != "eager" and not self.exact:
             yield "eager attention", partial(_eager, self.model)
 
     def _replay_under(
@@ -329,6 +355,10 @@ class TransformersEngine:
         has_it = "logits_to_keep" in inspect.signature(self.model.forward).parameters
         return {"logits_to_keep": rows} if has_it else {}
 
+    @property
+    def _logsumexp(self) -> Sum:
+        return exact.logsumexp if self.exact else _last_logsumexp
+
     def _memory_hint(self) -> str | None:
         return "--repro-batch-size with a smaller number (it is a suspect then), or a device with more memory"
 
@@ -359,9 +389,10 @@ class _Recorder(LogitsProcessor):  # type: ignore[misc]
     Numbers are of the token that `generate` then chose, whatever it chose it by: it is known at the next step.
     """
 
-    def __init__(self, batch: Sequence[Request], device: torch.device, tick: Tick) -> None:
+    def __init__(self, batch: Sequence[Request], device: torch.device, tick: Tick, logsumexp: Sum) -> None:
         self.rows: dict[str, list[torch.Tensor]] = {"logprob": [], "gap": [], "runner_up": []}
         self.tick = tick
+        self.logsumexp = logsumexp
         self.waiting: torch.Tensor | None = None
         """Logits of the last step, whose token is not known yet."""
         self.reference: torch.Tensor | None = None
@@ -385,7 +416,7 @@ class _Recorder(LogitsProcessor):  # type: ignore[misc]
         if self.waiting is None:
             return
         logits, step = self.waiting, len(self.rows["logprob"])
-        total = logits.logsumexp(-1)
+        total = self.logsumexp(logits)
         best = logits.topk(2).indices
         rival = torch.where(best[:, 0] == chosen, best[:, 1], best[:, 0])
         own = logits.gather(1, chosen[:, None])[:, 0]
@@ -427,12 +458,16 @@ def _length(request: Request) -> int:
     return len(request.tokens) + len(_reference(request))
 
 
-def _score(request: Request, logits: torch.Tensor) -> Scores:
+def _last_logsumexp(logits: torch.Tensor) -> torch.Tensor:
+    return logits.logsumexp(-1)
+
+
+def _score(request: Request, logits: torch.Tensor, logsumexp: Sum) -> Scores:
     """Numbers of one replayed prompt from its logits, shape (at least T, vocabulary)."""
     tokens = torch.from_numpy(_reference(request).astype(np.int64)).to(logits.device)
     logits = logits[: len(tokens)].float()
     own = logits.gather(1, tokens[:, None])[:, 0]
-    logprob = (own - logits.logsumexp(-1)).cpu().numpy()
+    logprob = (own - logsumexp(logits)).cpu().numpy()
     gap = torch.full_like(own, torch.nan)
     if request.reference_runner_up is not None:
         rival = torch.from_numpy(request.reference_runner_up.astype(np.int64)).to(logits.device)

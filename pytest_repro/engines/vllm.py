@@ -56,6 +56,13 @@ def open_engine(spec: Spec) -> Iterator[Engine]:
         ConfigError: an option that vLLM does not take.
     """
     assert spec.model is not None, "the vllm engine needs a model"
+    if spec.mode.storage == "exact":
+        raise ConfigError(
+            "vLLM has no exact compute", where="numerics", fix='engine = "transformers", or the numerics mode layercast'
+        )
+    if spec.mode.storage == "exact":
+        fix = 'engine = "transformers", or the numerics mode layercast'
+        raise ConfigError("vLLM has no exact compute", where="numerics", fix=fix)
     executor = spec.options.get("distributed_executor_backend", EXECUTORS[0])
     if executor not in EXECUTORS:
         raise ConfigError(

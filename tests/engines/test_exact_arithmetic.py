@@ -103,7 +103,7 @@ def test_the_fullest_dot_product_still_is_exact() -> None:
     x = Dyadic(torch.full((1, 64), 2.0**26), none, 26)
     w = Dyadic(torch.full((1, 64), 2.0**21), none, 21)
     assert x.dot(w).values.item() == 2.0**53
-    most = torch.full((1, 64), 2.0**26 - 1)
+    most = torch.full((1, 64), 2.0**26 - 1, dtype=torch.float64)
     assert int(Dyadic(most, none, 26).dot(w).values.item()) == 64 * (2**26 - 1) * 2**21
 
 

@@ -16,14 +16,14 @@ from ..fp32 import ieee
 
 if TYPE_CHECKING:
     from .model import computing
-    from .operations import logsumexp
+    from .operations import logsumexp, prepare
     from .proof import observe
 
-__all__ = ["MODE", "computing", "logsumexp", "observe"]
+__all__ = ["MODE", "computing", "logsumexp", "observe", "prepare"]
 
 MODE = Mode("exact", dtype=None, compute_class="exact", switches=ieee, storage="exact")
 
-_WHERE = {"computing": "model", "logsumexp": "operations", "observe": "proof"}
+_WHERE = {"computing": "model", "logsumexp": "operations", "prepare": "operations", "observe": "proof"}
 
 
 def __getattr__(name: str) -> Any:

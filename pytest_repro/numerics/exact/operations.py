@@ -17,6 +17,7 @@ Bits are chosen so that every operand keeps float32's own significand near the l
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -224,3 +225,8 @@ def attend(
         scaling = query.shape[-1] ** -0.5
     seen = attention_mask[..., : key.shape[-2]]
     return attention(query, key, value, seen, scaling).transpose(1, 2).contiguous(), None
+
+
+def prepare(say: Callable[[str], None]) -> str:
+    """How products are computed here, for the fingerprint. Every way gives the same bits."""
+    return "torch"
