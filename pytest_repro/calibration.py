@@ -99,7 +99,9 @@ def expect_measurable(result: SuiteResult, golden: Golden) -> None:
         raise GoldenError("this golden was never reviewed", where=where, fix=f"pytest-repro review {quote(where)}")
     if golden.compute_class == EXACT:
         what = "an exact golden has no rounding to measure: every machine gives its bits, or drifts"
-        raise ConfigError(what, where=where, fix=f"pytest --repro-check {result.again} --repro-numerics {result.numerics}")
+        raise ConfigError(
+            what, where=where, fix=f"pytest --repro-check {result.again} --repro-numerics {result.numerics}"
+        )
     if not golden.noise.variants:
         what = (
             "this golden has no envelope of its own, which a machine could be held against: its engine could not replay"

@@ -60,7 +60,9 @@ def test_what_has_no_numerator_is_refused(bad: float) -> None:
         operations.linear(torch.tensor([[1.0, bad]]), torch.ones(1, 2, dtype=torch.bfloat16))
 
 
-@pytest.mark.parametrize(("one", "other"), [("spread", "spread"), ("huge", "huge"), ("subnormal", "huge"), ("zeros", "zeros")])
+@pytest.mark.parametrize(
+    ("one", "other"), [("spread", "spread"), ("huge", "huge"), ("subnormal", "huge"), ("zeros", "zeros")]
+)
 def test_products_and_dot_products_are_those_of_fractions(one: str, other: str) -> None:
     a, b = Dyadic.of(ROWS[one], 24), Dyadic.of(ROWS[other], 24)
     rows, columns = ([[Fraction(v) for v in row] for row in d.values.tolist()] for d in (a, b))
@@ -100,8 +102,8 @@ def test_what_might_overflow_is_refused_before_it_is_computed() -> None:
 def test_the_fullest_dot_product_still_is_exact() -> None:
     """Every numerator as large as it can be: 2^26 * 2^21 * 64 = 2^53."""
     none = torch.zeros(1, 1, dtype=torch.int64)
-    x = Dyadic(torch.full((1, 64), 2.0**26), none, 26)
-    w = Dyadic(torch.full((1, 64), 2.0**21), none, 21)
+    x = Dyadic(torch.full((1, 64), 2.0**26, dtype=torch.float64), none, 26)
+    w = Dyadic(torch.full((1, 64), 2.0**21, dtype=torch.float64), none, 21)
     assert x.dot(w).values.item() == 2.0**53
     most = torch.full((1, 64), 2.0**26 - 1, dtype=torch.float64)
     assert int(Dyadic(most, none, 26).dot(w).values.item()) == 64 * (2**26 - 1) * 2**21
@@ -118,7 +120,9 @@ def test_lowest_terms_are_the_same_numbers(rows: torch.Tensor) -> None:
 
 def test_the_one_division_is_correctly_rounded() -> None:
     made = Dyadic.of(numbers(3, 2, 9, spread=5), 24)
-    for value, quotient in zip(made.values.flatten().tolist(), made.over(torch.tensor(3.0)).flatten().tolist(), strict=True):
+    for value, quotient in zip(
+        made.values.flatten().tolist(), made.over(torch.tensor(3.0)).flatten().tolist(), strict=True
+    ):
         assert quotient == float(Fraction(value) / 3)
 
 
@@ -166,7 +170,10 @@ def test_rotary_frequencies_are_those_of_sixty_digits() -> None:
 
 def exact_linear(x: torch.Tensor, w: torch.Tensor) -> list[list[Fraction]]:
     return [
-        [sum((Fraction(a) * Fraction(b) for a, b in zip(row, column, strict=True)), Fraction(0)) for column in w.double().tolist()]
+        [
+            sum((Fraction(a) * Fraction(b) for a, b in zip(row, column, strict=True)), Fraction(0))
+            for column in w.double().tolist()
+        ]
         for row in x.double().tolist()
     ]
 
@@ -227,7 +234,9 @@ def test_norms_and_the_sum_of_shares_do_not_know_an_order() -> None:
     order = torch.randperm(500, generator=torch.Generator().manual_seed(15))
     ones = torch.ones(500)
     assert same_bits(operations.rms_norm(x, ones, 1e-6)[:, order], operations.rms_norm(x[:, order], ones, 1e-6))
-    assert same_bits(operations.layer_norm(x, None, None, 1e-6)[:, order], operations.layer_norm(x[:, order], None, None, 1e-6))
+    assert same_bits(
+        operations.layer_norm(x, None, None, 1e-6)[:, order], operations.layer_norm(x[:, order], None, None, 1e-6)
+    )
     assert same_bits(operations.logsumexp(x), operations.logsumexp(x[:, order]))
 
 
@@ -252,7 +261,9 @@ def test_a_later_token_and_padding_change_no_bit_of_an_earlier_one() -> None:
     query, key, value = heads(30, 70, spread=12)  # values of very different scales
     whole = operations.attention(query, key, value, causal(70, 70), 0.2)
     for first in (1, 31, 32, 33, 69):
-        alone = operations.attention(query[:, :, :first], key[:, :, :first], value[:, :, :first], causal(first, first), 0.2)
+        alone = operations.attention(
+            query[:, :, :first], key[:, :, :first], value[:, :, :first], causal(first, first), 0.2
+        )
         assert same_bits(alone, whole[:, :, :first])
     last = operations.attention(query[:, :, -1:], key, value, causal(1, 70), 0.2)
     assert same_bits(last, whole[:, :, -1:])

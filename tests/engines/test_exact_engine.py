@@ -144,7 +144,9 @@ def test_a_mode_that_rounds_has_no_exact_golden(folder: Path) -> None:
         gate.expect_golden(suite.load(folder), "fp32", gate.Options())
 
 
-def test_products_that_round_are_not_recorded_as_exact(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_products_that_round_are_not_recorded_as_exact(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     copy = copied(folder, tmp_path)
 
     def plain(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -172,9 +174,14 @@ def opened(folder: Path, **options: Any) -> Iterator[Any]:
 
 def test_replay_and_decode_agree_on_every_bit(folder: Path) -> None:
     with opened(folder) as engine:
-        asked = [Request(n, np.asarray(engine.encode(Prompt(n, "One " * (i + 1))), np.int32), n) for i, n in enumerate("abcd")]
+        asked = [
+            Request(n, np.asarray(engine.encode(Prompt(n, "One " * (i + 1))), np.int32), n)
+            for i, n in enumerate("abcd")
+        ]
         outputs = engine.generate(asked)
-        watching = [replace(r, reference=o.tokens, reference_runner_up=o.runner_up) for r, o in zip(asked, outputs, strict=True)]
+        watching = [
+            replace(r, reference=o.tokens, reference_runner_up=o.runner_up) for r, o in zip(asked, outputs, strict=True)
+        ]
         for output, score in zip(outputs, engine.replay(watching), strict=True):
             assert output.logprob.tobytes() == score.logprob.tobytes()
             assert output.gap.tobytes() == score.gap.tobytes()

@@ -222,7 +222,10 @@ def test_weights_that_never_were_sixteen_bit_are_refused_unless_rounded() -> Non
 )  # fmt: skip
 def test_scaled_frequencies_are_the_model_s_own(scaling: dict[str, Any]) -> None:
     config = transformers.LlamaConfig(
-        hidden_size=64, num_attention_heads=4, rope_parameters={"rope_theta": 10000.0, **scaling}, max_position_embeddings=512
+        hidden_size=64,
+        num_attention_heads=4,
+        rope_parameters={"rope_theta": 10000.0, **scaling},
+        max_position_embeddings=512,
     )
     module = transformers.models.llama.modeling_llama.LlamaRotaryEmbedding(config)
     torch.testing.assert_close(rotary.of(module, "rotary"), module.inv_freq, rtol=1e-6, atol=0)

@@ -30,7 +30,9 @@ NEARLY = 1e-5
 
 
 @contextmanager
-def computing(model: Any, round_weights: str | None = None, say: Callable[[str], None] = lambda _: None) -> Iterator[None]:
+def computing(
+    model: Any, round_weights: str | None = None, say: Callable[[str], None] = lambda _: None
+) -> Iterator[None]:
     """Exact compute while the context holds; leaving restores everything, on error too. Nests.
 
     Weights stay in 16 bits and are shared, not copied, unless one lies outside the grid of its block

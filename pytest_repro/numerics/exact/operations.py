@@ -23,7 +23,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from . import elementary
+from . import elementary, native
 from .dyadic import WIDE, Dyadic, bits_of_sum, power, round_to
 
 X_BITS, WEIGHT_BITS, BLOCK = 26, 21, 64
@@ -71,6 +71,8 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
     Raises:
         FloatingPointError: x holds an infinity or a NaN.
     """
+    if native.serves(x):
+        return native.linear(x, weight, bias)
     bits_of_sum(X_BITS + WEIGHT_BITS, BLOCK)
     rows = _gridded(x.reshape(-1, x.shape[-1]), X_BITS)
     total = torch.zeros(len(rows), len(weight), dtype=torch.float64, device=x.device)
@@ -94,6 +96,8 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Ten
         weight: shape (K,).
         epsilon: added to the mean square.
     """
+    if native.serves(x):
+        return native.rms_norm(x, weight, epsilon)
     return (x.double() * weight.double() / torch.sqrt(_mean_square(x.double()) + epsilon)).float()
 
 
@@ -117,6 +121,8 @@ def _count(x: torch.Tensor) -> torch.Tensor:
 
 def silu(x: torch.Tensor) -> torch.Tensor:
     """x / (1 + e^-x), float32."""
+    if native.serves(x):
+        return native.silu(x)
     wide = x.double()
     return (wide / (elementary.exp(-wide) + 1.0)).float()
 
@@ -132,8 +138,8 @@ def logsumexp(x: torch.Tensor) -> torch.Tensor:
     """ln of the sum of e^x along the last dimension, float32; in float64 until then, summed as integers."""
     wide = x.double()
     largest = wide.amax(-1, keepdim=True)
-    shares = elementary.exp(wide - largest)
-    return (largest + elementary.log(_total(shares)))[..., 0].float()
+    total = native.shares(x) if native.serves(x) else _total(elementary.exp(wide - largest))
+    return (largest + elementary.log(total))[..., 0].float()
 
 
 def _total(shares: torch.Tensor) -> torch.Tensor:
@@ -160,6 +166,9 @@ def attention(
     Returns:
         float32, shape (B, H, Q, D); zeros for a query that sees nothing.
     """
+    bits_of_sum(2 * HEAD_BITS, key.shape[-2], WIDE)
+    if native.serves(query):
+        return native.attention(query, key, value, seen, scaling)
     batch, heads, asked, _ = query.shape
     groups, tokens = key.shape[1:3]
     grouped = query.reshape(batch, groups, heads // groups * asked, -1)
@@ -196,7 +205,6 @@ def _weighted(shares: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
     other = _blocks(values.numerators.mT, HEAD_BLOCK).transpose(-2, -3)  # (B, G, S/32, D, 32)
     none = torch.zeros((), dtype=torch.int64, device=value.device).reshape(1, 1)
     parts = Dyadic(one, none, HEAD_BITS).dot(Dyadic(other, none, HEAD_BITS))
-    bits_of_sum(2 * HEAD_BITS, value.shape[-2], WIDE)
     whole = parts.values.to(torch.int64).sum(-3)
     return whole.double() * power(scaled.grid)
 
@@ -228,5 +236,11 @@ def attend(
 
 
 def prepare(say: Callable[[str], None]) -> str:
-    """How products are computed here, for the fingerprint. Every way gives the same bits."""
-    return "torch"
+    """Compile what is fused, now rather than at first use.
+
+    Returns:
+        How the operations are computed here, for the fingerprint: `c++ AVX512`, `torch (no C++ compiler)`. Every way gives
+        the same bits.
+    """
+    built = native.library(say)
+    return f"torch ({built.about})" if built.handle is None else f"c++ {built.about}"

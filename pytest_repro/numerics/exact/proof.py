@@ -66,7 +66,9 @@ class _Watch(TorchDispatchMode):
 def _fixed(func: Any, out: Any) -> bool:
     """Whether IEEE 754 fixes every bit of what came out."""
     floats = [
-        t for t in (out if isinstance(out, (tuple, list)) else (out,)) if isinstance(t, torch.Tensor) and t.is_floating_point()
+        t
+        for t in (out if isinstance(out, (tuple, list)) else (out,))
+        if isinstance(t, torch.Tensor) and t.is_floating_point()
     ]
     if not floats:
         return True
@@ -132,7 +134,10 @@ def _orders_agree(weight: torch.Tensor) -> bool:
     width = weight.shape[1]
     x = torch.randn(4, width, generator=torch.Generator().manual_seed(53))
     plain = operations.linear(x, weight)
-    for order in (lambda n: torch.arange(n).flip(0), lambda n: torch.randperm(n, generator=torch.Generator().manual_seed(n))):
+    for order in (
+        lambda n: torch.arange(n).flip(0),
+        lambda n: torch.randperm(n, generator=torch.Generator().manual_seed(n)),
+    ):
         parts = [first + order(min(operations.BLOCK, width - first)) for first in range(0, width, operations.BLOCK)]
         places = torch.cat(parts)
         if not same_bits(plain, operations.linear(x[:, places], weight[:, places].contiguous())):

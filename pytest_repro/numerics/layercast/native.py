@@ -1,22 +1,14 @@
-"""The C++ product of `product.cpp`: compiled once for each instruction set, kept in the cache, loaded through ctypes.
-
-The source includes no header of torch, so it compiles in seconds, and one library serves every version of torch. It is
-compiled beside its place and moved there when it is whole: two processes may do so at once, and one that was killed
-leaves no lock behind (docs/decisions/0005-layercast.md).
-"""
+"""The C++ product of `product.cpp`: compiled once for each instruction set (`numerics.compiler`), loaded through ctypes."""
 
 from __future__ import annotations
 
 import ctypes
 import functools
-import hashlib
 import logging
 import os
 import platform
 import shlex
-import shutil
 import subprocess
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +16,7 @@ from typing import Any
 
 import torch
 
-from ...models import cache_folder
+from .. import compiler
 
 SOURCE = Path(__file__).with_name("product.cpp")
 FLAGS = ("-O3", "-std=c++17", "-shared", "-fPIC", "-fopenmp", "-ffp-contract=off")
@@ -80,14 +72,15 @@ def _library(capability: str, cxx: str, say: Callable[[str], None]) -> Library:
     flags = _flags(capability)
     if flags is None:
         return Library(None, f"no fused multiply-add at {capability}")
-    compiler = _compiler(cxx)
-    if compiler is None:
+    command = compiler.found(cxx)
+    if command is None:
         say(f"layercast: no C++ compiler ({cxx or 'g++, c++, clang++'}): {SLOWER}; install g++, or set CXX")
         return Library(None, "no C++ compiler")
     try:
-        function = ctypes.CDLL(str(_compiled(compiler, flags, say))).layercast_linear
+        path = compiler.compiled(SOURCE, "layercast", "layercast_linear", command, flags, say)
+        function = ctypes.CDLL(str(path)).layercast_linear
     except (OSError, AttributeError, subprocess.SubprocessError) as exc:
-        say(f"layercast: {shlex.join(compiler)} failed: {_last_line(exc)}: {SLOWER}")
+        say(f"layercast: {shlex.join(command)} failed: {compiler.last_line(exc)}: {SLOWER}")
         return Library(None, "not compiled")  # what failed may hold paths: it is said, and not put into fingerprints
     pointer, size, small = ctypes.c_void_p, ctypes.c_long, ctypes.c_int
     function.argtypes = [pointer] * 4 + [size] * 3 + [small] * 2
@@ -102,41 +95,3 @@ def _flags(capability: str) -> tuple[str, ...] | None:
 
 
 SLOWER = "its products run several times slower"
-
-
-def _compiler(cxx: str) -> list[str] | None:
-    """$CXX, which may hold options, or the first compiler that is installed; None without one."""
-    for candidate in [cxx] if cxx else ["g++", "c++", "clang++"]:
-        program, *options = shlex.split(candidate) or [""]
-        if found := shutil.which(program):
-            return [found, *options]
-    return None
-
-
-def _compiled(compiler: list[str], flags: tuple[str, ...], say: Callable[[str], None]) -> Path:
-    """The library's file: of this source, these flags, this compiler and this kind of processor.
-
-    Raises:
-        OSError, subprocess.SubprocessError: it could not be compiled or kept.
-    """
-    version = subprocess.run([*compiler, "--version"], capture_output=True, text=True, check=True, timeout=60).stdout
-    parts = [SOURCE.read_text("utf-8"), *compiler[1:], *flags, version, platform.machine()]
-    key = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:20]
-    folder = cache_folder() / "native"
-    path = folder / f"layercast-{key}.so"
-    if path.exists():
-        return path
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    say(f"layercast: compiling its product once with {shlex.join(compiler)} (a few seconds)")
-    with tempfile.TemporaryDirectory(dir=folder) as beside:
-        made = Path(beside) / "product.so"
-        command = [*compiler, *flags, str(SOURCE), "-o", str(made)]
-        subprocess.run(command, capture_output=True, text=True, check=True, timeout=600)
-        _ = ctypes.CDLL(str(made)).layercast_linear  # what does not load is not kept
-        made.replace(path)
-    return path
-
-
-def _last_line(exc: Exception) -> str:
-    said = str(getattr(exc, "stderr", "") or exc).strip().splitlines()
-    return next((line for line in said if "error" in line), said[-1] if said else type(exc).__name__)[:200]
