@@ -6,6 +6,7 @@ import decimal
 import math
 from collections.abc import Callable
 from fractions import Fraction
+from itertools import chain
 
 import pytest
 import torch
@@ -186,7 +187,7 @@ def test_a_product_is_that_of_fractions_but_for_its_roundings(shape: tuple[int, 
     weight = operations.on_grid(numbers(5, columns, width, spread=3).to(dtype))
     wanted, scale = exact_linear(x, weight), exact_linear(x.abs(), weight.abs())
     found = operations.linear(x, weight).tolist()
-    for got, exact, size in zip(sum(found, []), sum(wanted, []), sum(scale, []), strict=True):
+    for got, exact, size in zip(chain(*found), chain(*wanted), chain(*scale), strict=True):
         assert abs(Fraction(got) - exact) <= size * Fraction(2) ** -20
 
 

@@ -29,7 +29,8 @@ constexpr long ROWS = 12;  // rows of x beside a panel: their sums stay in regis
 #else
 constexpr long ROWS = 3;
 #endif
-constexpr long FEW = 3;          // rows up to which packing would cost more than it saves
+constexpr long FEW = 6;          // rows up to which packing would cost more than it saves
+constexpr long SOME = 512;       // numbers between one step and the next
 constexpr long SMALL = 32768;    // operations that are sooner done than shared
 constexpr int X_BITS = 26, HEAD_BITS = 24, NORM_BITS = 24, SHARE_BITS = 40;
 constexpr long SMALLEST = -300;
@@ -260,8 +261,8 @@ void multiply(const Problem& p, int threads) {
     for (long begin = 0; begin < p.n; begin += width) {
       const long end = std::min(begin + width, p.n);
       long row = 0;
-      if (p.rows >= 2) narrow<Weight, 2>(p, 0, begin, end), row = 2;
-      for (; row < p.rows; ++row) narrow<Weight, 1>(p, row, begin, end);
+      for (; row + 2 <= p.rows; row += 2) narrow<Weight, 2>(p, row, begin, end);
+      if (row < p.rows) narrow<Weight, 1>(p, row, begin, end);
     }
     return;
   }
@@ -337,11 +338,14 @@ bool attend(const Heads& h, const Known& known, long batch, long head, long aske
     to_grid(h.query + at + from, std::min(HEAD_BLOCK, h.width - from), HEAD_BITS, row + from, false, bad);
   if (bad) return false;
 
+  // What is not seen would add a zero numerator: it is left out.
+  long begin = 0, end = h.tokens;
+  while (begin < end && !seen[begin]) ++begin;
+  while (end > begin && !seen[end - 1]) --end;
   double largest = -INFINITY;
-  for (long token = 0; token < h.tokens; token += LANES) {
+  for (long token = begin; token < end; token += LANES) {
     const double* keys[LANES];
-    for (long i = 0; i < LANES; ++i)
-      keys[i] = &known.keys[(first + std::min(token + i, h.tokens - 1)) * known.stride];
+    for (long i = 0; i < LANES; ++i) keys[i] = &known.keys[(first + std::min(token + i, end - 1)) * known.stride];
     Vector total = {}, sum;
     for (long from = 0; from < known.stride; from += HEAD_BLOCK) {
       block_of<Wide, 1>(row, 0, keys, from, HEAD_BLOCK, &sum);
@@ -349,7 +353,7 @@ bool attend(const Heads& h, const Known& known, long batch, long head, long aske
     }
     store(scores + token, total);
   }
-  for (long token = 0; token < h.tokens; ++token) {
+  for (long token = begin; token < end; ++token) {
     scores[token] *= h.scaling;
     if (seen[token]) largest = std::max(largest, scores[token]);
   }
@@ -358,27 +362,29 @@ bool attend(const Heads& h, const Known& known, long batch, long head, long aske
   constexpr double fine = 1.5 * 4096.0;  // 1.5 * 2^(52 - SHARE_BITS)
   static_assert(SHARE_BITS == 40, "fine follows it");
   int64_t whole = 0;
-  for (long token = 0; token < h.tokens; ++token) scores[token] = exponential(scores[token] - largest);
-  for (long token = 0; token < h.tokens; ++token) scores[token] = seen[token] ? scores[token] : 0.0;
-  for (long token = 0; token < h.tokens; ++token) whole += bits_of(scores[token] + fine) - bits_of(fine);
+#pragma omp simd
+  for (long token = begin; token < end; ++token) scores[token] = exponential(scores[token] - largest);
+  for (long token = begin; token < end; ++token) scores[token] = seen[token] ? scores[token] : 0.0;
+#pragma omp simd reduction(+ : whole)
+  for (long token = begin; token < end; ++token) whole += bits_of(scores[token] + fine) - bits_of(fine);
   const double share = double(whole) * power(-SHARE_BITS);
 
   const long* grids = &known.grids[first];
   double most = 0.0;
-  for (long token = 0; token < h.tokens; ++token) {
+  for (long token = begin; token < end; ++token) {
     scores[token] *= power(grids[token]);
     most = std::max(most, scores[token]);
   }
   const long grid = exponent(most) + 1 - HEAD_BITS;
   const double big = power(grid + 52) * 1.5, scale = power(-grid);
-  for (long token = 0; token < h.tokens; ++token) scores[token] = ((scores[token] + big) - big) * scale;
+  for (long token = begin; token < end; ++token) scores[token] = ((scores[token] + big) - big) * scale;
 
   std::fill(sums, sums + known.stride, 0);
-  for (long from = 0; from < h.tokens; from += TOKENS) {
-    const long end = std::min(from + TOKENS, h.tokens);
+  for (long from = begin; from < end; from += TOKENS) {
+    const long last = std::min(from + TOKENS, end);
     for (long d = 0; d < known.stride; d += LANES) {
       Vector part = {};
-      for (long token = from; token < end; ++token)
+      for (long token = from; token < last; ++token)
         add_exact(part, all(scores[token]), load(&known.values[(first + token) * known.stride + d]));
       Integers some = (Integers)(part + WHOLE) - bits_of(WHOLE), before;
       std::memcpy(&before, sums + d, sizeof before);
@@ -425,7 +431,7 @@ extern "C" int exact_attention(const float* query, const float* key, const float
   int bad = 0;
 #pragma omp parallel num_threads(threads) reduction(| : bad) if (batch * heads * asked * tokens * width > SMALL)
   {
-    std::vector<double> scores((tokens + LANES - 1) / LANES * LANES), row(known.stride);
+    std::vector<double> scores(tokens + LANES), row(known.stride);
     std::vector<int64_t> sums(known.stride);
 #pragma omp for schedule(dynamic, 4)
     for (long i = 0; i < batch * heads * asked; ++i) {
@@ -460,7 +466,14 @@ extern "C" int exact_rms_norm(const float* x, const float* w, float* y, long m, 
 // y = x / (1 + e^-x): operations.silu.
 extern "C" int exact_silu(const float* x, float* y, long n, int threads) {
 #pragma omp parallel for num_threads(threads) if (n * 16 > SMALL)
-  for (long i = 0; i < n; ++i) y[i] = float(double(x[i]) / (exponential(-double(x[i])) + 1.0));
+  for (long from = 0; from < n; from += SOME) {
+    const long count = std::min(SOME, n - from);
+    double wide[SOME], below[SOME];  // a loop for each step, which compilers vectorise
+    for (long i = 0; i < count; ++i) wide[i] = x[from + i];
+#pragma omp simd
+    for (long i = 0; i < count; ++i) below[i] = exponential(-wide[i]) + 1.0;
+    for (long i = 0; i < count; ++i) y[from + i] = float(wide[i] / below[i]);
+  }
   return 0;
 }
 
@@ -473,6 +486,7 @@ extern "C" int exact_shares(const float* x, double* total, long m, long k, int t
     for (long i = 1; i < k; ++i) largest = std::max(largest, double(from[i]));
     constexpr double fine = 1.5 * 4096.0;
     int64_t whole = 0;
+#pragma omp simd reduction(+ : whole)
     for (long i = 0; i < k; ++i) whole += bits_of(exponential(double(from[i]) - largest) + fine) - bits_of(fine);
     total[row] = double(whole) * power(-SHARE_BITS);
   }

@@ -42,7 +42,7 @@ class Library:
     """For the fingerprint and for people: the instruction set, or what is missing."""
 
 
-_known: dict[tuple[str, str], Library] = {}
+_known: Library | None = None
 
 
 def library(say: Callable[[str], None] = log.warning) -> Library:
@@ -51,10 +51,10 @@ def library(say: Callable[[str], None] = log.warning) -> Library:
     Args:
         say: told before a compilation, and when there can be none.
     """
-    key = torch.backends.cpu.get_cpu_capability(), os.environ.get("CXX", "")
-    if key not in _known:
-        _known[key] = _library(*key, say)
-    return _known[key]
+    global _known
+    if _known is None:  # asked at every operation: the environment is read once
+        _known = _library(torch.backends.cpu.get_cpu_capability(), os.environ.get("CXX", ""), say)
+    return _known
 
 
 def _library(capability: str, cxx: str, say: Callable[[str], None]) -> Library:
