@@ -45,6 +45,9 @@ LAYERS = [
 LAYERCAST = {
     f"numerics.layercast.{name}" for name in ("product", "native", "gpu", "weight", "model", "quantizer", "vllm")
 }
+EXACT = {
+    f"numerics.exact.{name}" for name in ("dyadic", "elementary", "operations", "native", "rotary", "model", "proof")
+}
 CLI = {
     "cli.shell",
     "cli.goldens",
@@ -71,6 +74,7 @@ HEAVY = {
         "precision",
         "review",
         *LAYERCAST,
+        *EXACT,
     },
     "vllm": {"engines.vllm", "numerics.layercast.vllm"},
     "transformers": {
@@ -79,6 +83,7 @@ HEAVY = {
         "engines.vllm",
         "models",
         "numerics.layercast.quantizer",
+        "numerics.exact.model",
     },
     "triton": {"numerics.layercast.gpu"},
     "huggingface_hub": {"models"},
@@ -91,9 +96,9 @@ HEAVY = {
     "pynvml": {"probe"},
 }
 AT_THE_TOP = {
-    "torch": {"engines.activations", "engines.transformers", "engines.vllm_worker", *LAYERCAST},
+    "torch": {"engines.activations", "engines.transformers", "engines.vllm_worker", *LAYERCAST, *EXACT},
     "vllm": {"numerics.layercast.vllm"},
-    "transformers": {"engines.transformers", "numerics.layercast.quantizer"},
+    "transformers": {"engines.transformers", "numerics.layercast.quantizer", "numerics.exact.model"},
     "pytest": {"plugin", "testing"},
 }
 

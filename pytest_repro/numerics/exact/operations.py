@@ -54,7 +54,8 @@ def _gridded(x: torch.Tensor, bits: int) -> torch.Tensor:
 
 def _blocks(x: torch.Tensor, size: int) -> torch.Tensor:
     """Shape (..., K) -> (..., blocks, size), zeros at the end."""
-    return F.pad(x, (0, -x.shape[-1] % size)).unflatten(-1, (-1, size))
+    blocks: torch.Tensor = F.pad(x, (0, -x.shape[-1] % size)).unflatten(-1, (-1, size))
+    return blocks
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -73,6 +74,11 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
     """
     if native.serves(x):
         return native.linear(x, weight, bias)
+    return linear_in_torch(x, weight, bias)
+
+
+def linear_in_torch(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """`linear` by whatever float64 product torch has."""
     bits_of_sum(X_BITS + WEIGHT_BITS, BLOCK)
     rows = _gridded(x.reshape(-1, x.shape[-1]), X_BITS)
     total = torch.zeros(len(rows), len(weight), dtype=torch.float64, device=x.device)

@@ -73,7 +73,7 @@ def _plain(found: torch.Tensor, parameters: dict[str, Any]) -> torch.Tensor:
 
 
 def _linear(found: torch.Tensor, parameters: dict[str, Any]) -> torch.Tensor:
-    return found / parameters["factor"]
+    return found / float(parameters["factor"])
 
 
 def _llama3(found: torch.Tensor, parameters: dict[str, Any]) -> torch.Tensor:
