@@ -222,6 +222,11 @@ def test_a_suite_cannot_have_code_imported(tiny_model: Path) -> None:
         pass
 
 
+def test_exact_compute_is_not_vllm_s(tiny_model: Path) -> None:
+    with pytest.raises(ConfigError, match="no exact compute"), opener("vllm")(spec(tiny_model, "exact")):
+        pass
+
+
 def test_without_vllm_the_command_that_installs_it_is_said(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "vllm", None)
     with pytest.raises(EngineError, match=r"pytest-repro\[vllm\]"), opener("vllm")(spec(tiny_model, "fp32")):

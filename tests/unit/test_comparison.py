@@ -276,3 +276,27 @@ def test_replay_agrees_with_a_loop(seed: int) -> None:
         logprob, gap = -rng.random(len(old)), rng.random(len(old))
         replays.append(Scores(str(name), f32(logprob), f32(deficit), i32(top), f32(gap)))
     agree(compare_replay(golden, replays), naive_replay(golden, replays))
+
+
+def test_a_single_bit_of_a_single_number_is_counted() -> None:
+    golden = generation(output("a", [1, 2, 3]), output("b", [4, 5]))
+    later = np.nextafter(golden.logprob[1], np.float32(0))
+    assert compare_replay(golden, replayed(golden)).moved.tolist() == [0, 0]
+    assert compare_decode(golden, golden).moved.tolist() == [0, 0]
+    other = generation(output("a", [1, 2, 3]), output("b", [4, 5]))
+    other.logprob[1] = later
+    assert compare_replay(golden, replayed(other)).moved.tolist() == [1, 0]
+    assert compare_decode(golden, other).moved.tolist() == [1, 0]
+    gaps = generation(output("a", [1, 2, 3]), output("b", [4, 5]))
+    gaps.gap[3] = np.nextafter(gaps.gap[3], np.float32(9))
+    assert compare_replay(golden, replayed(gaps)).moved.tolist() == [0, 1]
+    assert compare_decode(golden, gaps).moved.tolist() == [0, 1]
+
+
+def replayed(run: Generation) -> list[Scores]:
+    """The replay that gives a generation's own numbers."""
+    spans = [run.span(i) for i in range(len(run))]
+    return [
+        Scores(name, run.logprob[s], np.zeros(s.stop - s.start, np.float32), run.tokens[s], run.gap[s])
+        for name, s in zip(run.ids, spans, strict=True)
+    ]

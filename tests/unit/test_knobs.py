@@ -228,3 +228,11 @@ def test_whether_a_knob_is_there() -> None:
     assert can_be_undone([Change("torch", "numerics", 1, 2), Change("threads", "numerics", 1, 2)])
     assert not can_be_undone([Change("torch", "numerics", 1, 2), Change("device_class", "numerics", 1, 2)])
     assert not can_be_undone([Change("batch_size", "information", 1, 2)]) and not can_be_undone([])
+
+
+def test_exact_compute_s_attention_goes_with_its_mode_alone() -> None:
+    """As an option it would be refused: no other mode has it, and exact compute takes no attention option."""
+    exact = {"numerics": "exact", "compute_class": "exact", "attention": "exact", "dtype": "bfloat16"}
+    assert undone(exact, numerics="fp32", compute_class="fp32", attention="sdpa", dtype="float32") == {
+        "numerics": Setting({"--repro-numerics": "exact"})
+    }

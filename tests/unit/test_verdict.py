@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 
@@ -29,7 +30,7 @@ CASES = [
 ]
 
 
-def evidence(differs: bool = True, deficit: float = 0.125, moved: float = 0.5, **more: float) -> Evidence:
+def evidence(differs: bool = True, deficit: float = 0.125, moved: float = 0.5, **more: Any) -> Evidence:
     """Envelope 0.25 nats, benign level 0.5, twice of which is still benign."""
     return Evidence(differs, deficit, moved, **{"envelope_deficit": 0.25, "level": 0.5, "ratio": 2.0, **more})
 
@@ -138,3 +139,23 @@ def test_a_share_allows_exactly_that_share() -> None:
     limits = {percent: Thresholds(max_divergent=percent / 100) for percent in range(1, 100)}
     assert [p for p, limit in limits.items() if failures({N: p}, limit, 100)] == []
     assert [p for p, limit in limits.items() if not failures({N: p + 1}, limit, 100)] == []
+
+
+@pytest.mark.parametrize("waiver", ["none", "explained", "all"])
+@pytest.mark.parametrize("fp32", [False, True])
+@pytest.mark.parametrize(
+    ("differs", "other_bits", "wanted"),
+    [(False, 0, S), (False, 1, D), (True, 0, D), (True, 7, D)],
+    ids=["the-same-bits", "one-token's-bits", "a-flip-at-a-tie", "both"],
+)
+def test_an_exact_golden_knows_identical_and_drift_alone(
+    waiver: str, fp32: bool, differs: bool, other_bits: int, wanted: Verdict
+) -> None:
+    """Whatever would explain it of another golden: a deficit inside the envelope, a bulk inside its ratio, a waiver."""
+    assert judge(evidence(differs, other_bits=other_bits), waiver, fp32).verdict == wanted
+
+
+def test_the_reason_of_an_exact_drift_counts_the_tokens() -> None:
+    assert "the numbers of 1 token have other bits" in judge(evidence(False, other_bits=1), "all", True).reason
+    both = judge(evidence(other_bits=3), "all", True).reason
+    assert "another token is chosen and the numbers of 3 tokens have other bits" in both

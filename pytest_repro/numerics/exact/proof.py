@@ -47,7 +47,7 @@ def exactly(forward: Callable[..., Any]) -> Callable[..., Any]:
     return marked
 
 
-class _Watch(TorchDispatchMode):  # type: ignore[misc]
+class _Watch(TorchDispatchMode):
     """Collects what is computed outside the exact operations, and not number by number."""
 
     def __init__(self, modules: list[str]) -> None:
