@@ -1,6 +1,6 @@
 """SHA-256 of all logits of a suite's first prompts, in exact compute and in FP32: how many different ones there are.
 
-    python benchmarks/exact_hashes.py [--prompts 16] [--tokens 8]
+    python benchmarks/exact_hashes.py [--prompts 16] [--tokens 8] [--isa default,avx2,avx512]
 
 Each mode runs with every instruction set that this CPU has and with one and two threads, each in a process of its own;
 each process asks at batch sizes 1, 4 and 16, left-padded, in the file's order and turned round, and once token by token.
@@ -138,13 +138,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--prompts", type=int, default=16)
     parser.add_argument("--tokens", type=int, default=8, help="of the golden's answer behind each prompt")
+    parser.add_argument("--isa", default=",".join(ISA), help="instruction sets, with commas")
     parser.add_argument("--cell", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.cell:
         run_cell(args.cell, args)
         return
     seen: dict[str, dict[str, list[str]]] = {}
-    for mode, isa, threads in itertools.product(("exact", "fp32"), ISA, (1, 2)):
+    for mode, isa, threads in itertools.product(("exact", "fp32"), args.isa.split(","), (1, 2)):
         print("running", mode, isa, threads, flush=True)
         env = {**os.environ, **dict(zip(VARIABLES, ISA[isa], strict=True)), "OMP_NUM_THREADS": str(threads)}
         command = [

@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import copy
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -236,3 +241,41 @@ def test_an_unknown_scaling_is_named() -> None:
     model.model.rotary_emb.config.rope_parameters = {"rope_theta": 1e4, "rope_type": "yarn"}
     with pytest.raises(EngineError, match="rope_type is 'yarn'"), computing(model):
         pass
+
+
+def test_a_model_that_lies_elsewhere_is_refused() -> None:
+    with pytest.raises(EngineError, match="runs on a CPU") as caught, computing(tiny("Llama").to("meta")):
+        pass
+    assert "device" in caught.value.fix
+
+
+HASH = """
+import hashlib, sys, torch, transformers
+from pytest_repro.numerics.exact import computing, prepare
+model = transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype="auto").eval()
+ids = torch.arange(120).reshape(3, 40) + 5
+with torch.inference_mode(), computing(model):
+    logits = model(input_ids=ids).logits
+print(torch.backends.cpu.get_cpu_capability(), prepare(lambda _: None), hashlib.sha256(logits.numpy().tobytes()).hexdigest())
+"""
+PLACES = {
+    "SSE": {"ATEN_CPU_CAPABILITY": "default", "MKL_ENABLE_INSTRUCTIONS": "SSE4_2", "ONEDNN_MAX_CPU_ISA": "SSE41"},
+    "AVX2": {"ATEN_CPU_CAPABILITY": "avx2", "MKL_ENABLE_INSTRUCTIONS": "AVX2", "ONEDNN_MAX_CPU_ISA": "AVX2"},
+    "as it is, one thread": {"OMP_NUM_THREADS": "1"},
+    "torch alone": {"CXX": "no-such-compiler"},
+}
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="no g++")
+def test_the_same_bits_with_every_instruction_set_and_in_torch_alone(tmp_path: Path) -> None:
+    tiny("Qwen3").save_pretrained(tmp_path)
+    told = {}
+    for name, variables in PLACES.items():
+        command = [sys.executable, "-c", HASH, str(tmp_path)]
+        env = {**os.environ, "PYTEST_REPRO_CACHE": str(tmp_path / "cache"), **variables}
+        done = subprocess.run(command, env=env, capture_output=True, text=True, check=True, timeout=900)
+        told[name] = done.stdout.strip()
+    hashes = {name: line.rpartition(" ")[2] for name, line in told.items()}
+    assert len(set(hashes.values())) == 1, told
+    assert told["SSE"].startswith("DEFAULT c++ DEFAULT")
+    assert "torch (no C++ compiler)" in told["torch alone"]

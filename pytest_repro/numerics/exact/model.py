@@ -77,10 +77,14 @@ def _replace_leaves(model: Any, round_weights: str | None, undo: Undo) -> None:
 
 
 def _sixteen_bits(weight: torch.Tensor, round_weights: str | None, name: str) -> torch.Tensor:
+    if weight.device.type != "cpu":
+        raise EngineError(
+            f"exact compute runs on a CPU, and {name} lies on {weight.device}", fix='[engine] device = "cpu"'
+        )
     to = getattr(torch, round_weights) if round_weights else None
     short = narrowed(weight, to) if weight.dtype.is_floating_point else None
-    if short is None or weight.device.type != "cpu":
-        what = f"its weights are {weight.dtype} on {weight.device}, not 16-bit floating-point numbers on a CPU"
+    if short is None:
+        what = "its weights are not 16-bit floating-point numbers"
         raise EngineError(f"exact compute cannot take {name}: {what}", fix=ROUND)
     if not bool(short.isfinite().all()):
         raise EngineError(f"exact compute cannot take {name}: a weight is infinite or no number")
