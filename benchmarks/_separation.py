@@ -53,6 +53,7 @@ class Golden:
         own = [np.load(work / f"{mode} here benign {name}.npz") for name in OWN]
         self.level = np.mean([self.mean(np.abs(d["gap"] - self.gap)) for d in own], axis=0)
         self.tail = max(float(np.nanmax(np.abs(d["gap"] - self.gap))) for d in own)
+        self.dlogp = float(np.mean([np.abs(d["logprob"] - self.logprob).mean() for d in own]))
         self.clip = float(np.quantile(np.concatenate([d["deficit"] for d in own]), 0.999))
 
     def mean(self, values: NDArray[Any]) -> Floats:
@@ -118,6 +119,7 @@ def separation(work: Path, mode: str) -> dict[str, Any]:
     calm = [tested(golden, unseen[name], mode, rows) for name, rows in picks]
     return {
         "prompts, benign": len(golden.level),
+        "mean |dlogp|, envelope": float(f"{golden.dlogp:.3g}"),
         "benign changes that the envelope did not see": len(unseen),
         "benign, ratio": {name: spread(r.gap) for name, r in cells.items()},
         f"false alarms in {SUITES} suites of {SUITE}": sum(t.fails(ALPHA) for t in calm),
