@@ -137,13 +137,14 @@ def separation(work: Path, mode: str) -> dict[str, Any]:
 
 
 def decoded(golden: Golden, path: Path, mode: str) -> dict[str, Any]:
-    """Prompts that part when they are decoded, those whose deficit rounding cannot explain, the test, and what fails by either."""
+    """Prompts that part when they are decoded, those that are drift by deficit or by choice, the test, and what fails by either."""
     d = np.load(path)
     found = rounding_test(d["dgap"], golden.level[: len(d["dgap"])], mode, (), OWN)
     assert found is not None
-    drift = int((d["deficit"] > golden.tail).sum())
+    drift = int(((d["deficit"] > golden.tail) | d["otherwise"]).sum())
     return {
         "part": int(d["differs"].sum()),
+        "not chosen greedily": int(d["otherwise"].sum()),
         "drift": drift,
         "of": len(d["differs"]),
         "ratio": float(f"{found.ratio:.4g}"),

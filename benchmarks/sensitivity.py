@@ -127,7 +127,8 @@ class Cell:
         ]
         now = [o for i in range(0, len(requests), size) for o in engine.generate(requests[i : i + size])]
         seen = compare_decode(Generation.of(requests, then), Generation.of(requests, now))
-        save(path, differs=seen.differs, deficit=seen.deficit, dgap=seen.mean_abs_dgap)
+        otherwise = (seen.passed_over > 0) | seen.unmoved
+        save(path, differs=seen.differs, deficit=seen.deficit, dgap=seen.mean_abs_dgap, otherwise=otherwise)
         print(path.stem, flush=True)
 
     def run(self) -> None:

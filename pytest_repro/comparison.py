@@ -34,6 +34,8 @@ class Row:
     token_now: float
     mean_abs_dlogp: float
     mean_abs_dgap: float
+    passed_over: float
+    unmoved: bool
 
 
 def finite(value: float) -> float | None:
@@ -66,13 +68,17 @@ class Comparison:
     """Its mean |change|."""
     compared: Ints
     """Positions whose log-probabilities were compared."""
+    passed_over: Floats
+    """How much likelier than the token chosen at the divergence another one was, nats; 0 where the choice was greedy."""
+    unmoved: NDArray[np.bool_]
+    """Another token was chosen, of just the log-probability recorded for the golden's, and nothing moved up to there: to the bit."""
 
     def __len__(self) -> int:
         return len(self.ids)
 
     def row(self, i: int) -> Row:
         """One prompt's numbers."""
-        return Row(**{name: float(getattr(self, name)[i]) for name in Row.__dataclass_fields__})
+        return Row(**{name: getattr(self, name)[i].item() for name in Row.__dataclass_fields__})
 
     @property
     def differs(self) -> NDArray[np.bool_]:
@@ -112,6 +118,8 @@ def compare_replay(golden: Generation, scores: Sequence[Scores]) -> Comparison:
         max_abs_dgap=_max(dgap, starts),
         mean_abs_dgap=_mean(dgap, owner, len(rows)),
         compared=np.diff(starts),
+        passed_over=np.zeros(len(rows)),
+        unmoved=np.zeros(len(rows), dtype=bool),
     )
 
 
@@ -140,6 +148,9 @@ def compare_decode(golden: Generation, now: Generation) -> Comparison:
     then = golden.offsets[:-1][rows] + np.where(inside, first, 0)
     here = now.offsets[:-1] + np.where(inside, first, 0)
     deficit = _deficit_at(golden, now, then, here)
+    gap = _take(now.gap, here, np.nan).astype(np.float64)
+    tied = _take(now.logprob, here, np.nan) == _take(golden.logprob, then, np.nan)
+    moved = np.bincount(owner[seen & (dlogp != 0)], minlength=len(rows)) > 0
     return Comparison(
         ids=now.ids,
         divergence_index=first,
@@ -152,6 +163,8 @@ def compare_decode(golden: Generation, now: Generation) -> Comparison:
         max_abs_dgap=_max(dgap, starts),
         mean_abs_dgap=_mean(dgap, owner, len(rows)),
         compared=np.bincount(owner[seen], minlength=len(rows)).astype(np.int64),
+        passed_over=np.where(inside, np.fmax(0.0, -gap), 0.0),
+        unmoved=inside & tied & ~moved,
     )
 
 

@@ -335,6 +335,8 @@ class _View:
             envelope_deficit=limit,
             level=self.golden.noise.level(row),
             ratio=noise.bulk_ratio(self.golden.compute_class),
+            passed_over=shown.passed_over,
+            unmoved=shown.unmoved,
         )
         return evidence, shown
 

@@ -1,10 +1,11 @@
 """The verdict: a pure function of evidence, envelope and policy (DESIGN section 4).
 
-Rounding explains a difference when both hold:
+Rounding explains a difference when all hold:
 
 * the tail: the golden token's largest deficit lies within the largest change of a gap that benign changes made;
 * the bulk: the prompt's mean |Δlogp| is not several times its benign level, so that the whole text is as near to the
-  golden as rounding leaves it. A text whose every token moved tenfold is drift, even if no token flipped.
+  golden as rounding leaves it. A text whose every token moved tenfold is drift, even if no token flipped;
+* the choice: the token that was chosen instead is the likeliest now, and something had moved when it was chosen.
 """
 
 from __future__ import annotations
@@ -57,6 +58,10 @@ class Evidence:
     """The prompt's benign mean |Δlogp|, nats."""
     ratio: float
     """How many times `level` is still benign."""
+    passed_over: float = 0.0
+    """How much likelier another token was than the one that was decoded at the divergence, nats."""
+    unmoved: bool = False
+    """Another token was decoded from the recording's own numbers, bit for bit."""
 
     @property
     def moved(self) -> float:
@@ -114,6 +119,14 @@ def _why_not_rounding(seen: Evidence) -> list[str]:
         reasons.append(size if known else "its deficit is unknown, so rounding cannot be shown")
     if seen.bulk_outside:
         reasons.append(f"every token moved: mean |Δlogp| is {seen.moved:.3g} times the benign level {seen.level:.2g}")
+    if seen.passed_over > 0:
+        reasons.append(
+            f"a token likelier by {seen.passed_over:.2g} was passed over: the choice is not greedy (a sampler, a penalty)"
+        )
+    if seen.unmoved:
+        reasons.append(
+            "every number is the recording's, bit for bit: what differs is how a token is chosen (a sampler, how ties are broken)"
+        )
     return reasons
 
 
