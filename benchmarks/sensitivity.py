@@ -1,6 +1,6 @@
 """What is told from rounding, and what is not: benign changes and seeded defects on the real model, in both classes.
 
-    python benchmarks/sensitivity.py QUESTIONS.jsonl [--work DIR] [--classes fp32,bf16]
+    python benchmarks/sensitivity.py QUESTIONS.jsonl [--work DIR] [--classes fp32,bf16] [--decoding-only]
 
 QUESTIONS holds GSM8K's own lines; they are not part of this project. A golden of every question is decoded, and replayed
 under benign changes and under defects, each environment a process of its own. Per-token numbers are kept in `--work`,
@@ -50,6 +50,7 @@ class Cell:
         self.work: Path = args.work
         self.mode, self.environment = args.mode, args.environment
         self.path: Path = args.path
+        self.replays = not args.decoding_only
 
     @contextmanager
     def engine(self) -> Iterator[Any]:
@@ -126,12 +127,12 @@ class Cell:
         ]
         now = [o for i in range(0, len(requests), size) for o in engine.generate(requests[i : i + size])]
         seen = compare_decode(Generation.of(requests, then), Generation.of(requests, now))
-        save(path, differs=seen.differs, deficit=seen.deficit, dgap=seen.mean_abs_dgap)
+        otherwise = (seen.passed_over > 0) | seen.unmoved
+        save(path, differs=seen.differs, deficit=seen.deficit, dgap=seen.mean_abs_dgap, otherwise=otherwise)
         print(path.stem, flush=True)
 
     def run(self) -> None:
         import _defects
-        import torch
 
         with self.engine() as engine:
             requests = self.golden(engine, self.requests(engine))
@@ -143,11 +144,8 @@ class Cell:
             if not here:
                 return
             some = requests[:DEFECT_PROMPTS]
-            for name, defect in _defects.MODEL.items():
-                with defect(engine), torch.inference_mode():
-                    self.keep(f"defect {name}", lambda: engine.replay(some))
-            for name, change in _defects.prompts(engine).items():
-                self.keep(f"defect {name}", lambda change=change: engine.replay([change(r) for r in some]))
+            if self.replays:
+                self.replay_defects(engine, some)
             for size in (BATCH, 4, DEFECT_PROMPTS):
                 self.keep_decoded(f"decoding benign batch size {size}", engine, some, size)
             with _threads(1):
@@ -155,6 +153,16 @@ class Cell:
             for name, defect in _defects.DECODING.items():
                 with defect(engine):
                     self.keep_decoded(f"decoding {name}", engine, some)
+
+    def replay_defects(self, engine: Any, requests: list[Any]) -> None:
+        import _defects
+        import torch
+
+        for name, defect in _defects.MODEL.items():
+            with defect(engine), torch.inference_mode():
+                self.keep(f"defect {name}", lambda: engine.replay(requests))
+        for name, change in _defects.prompts(engine).items():
+            self.keep(f"defect {name}", lambda change=change: engine.replay([change(r) for r in requests]))
 
 
 RANKS: dict[str, tuple[Any, Any]] = {}
@@ -222,6 +230,8 @@ def save(path: Path, **columns: Any) -> None:
 def start(args: argparse.Namespace, mode: str, environment: str) -> None:
     command = [sys.executable, __file__, str(args.path), "--work", str(args.work), "--mode", mode]
     _, variables = ENVIRONMENTS.get(environment, ((), {}))
+    if args.decoding_only:
+        command.append("--decoding-only")
     subprocess.run([*command, "--environment", environment], env={**os.environ, **variables}, check=True)
 
 
@@ -230,6 +240,7 @@ def main() -> None:
     parser.add_argument("path", type=Path)
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "pytest-repro-sensitivity")
     parser.add_argument("--classes", default="fp32,bf16")
+    parser.add_argument("--decoding-only", action="store_true", help="no defect is replayed, no other environment")
     parser.add_argument("--mode", help=argparse.SUPPRESS)
     parser.add_argument("--environment", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -240,9 +251,9 @@ def main() -> None:
     for mode in args.classes.split(","):
         start(args, mode, "golden")
         for environment, (modes, _) in ENVIRONMENTS.items():
-            if mode in modes:
+            if mode in modes and (environment == "here" or not args.decoding_only):
                 start(args, mode, environment)
-        publish(f"sensitivity_{mode}", separation(args.work, mode))
+        publish(f"sensitivity_{mode}{'_decoding' * args.decoding_only}", separation(args.work, mode))
 
 
 if __name__ == "__main__":

@@ -42,7 +42,7 @@ def with_notes(golden: Golden, previous: Golden | None, said: Mapping[str, float
             envelope_deficit=previous.noise.max_deficit,
             level=previous.noise.level(old[name]),
             ratio=noise.bulk_ratio(previous.compute_class),
-            other_bits=int(row.moved) if previous.compute_class == noise.EXACT else None,
+            other_bits=row.moved if previous.compute_class == noise.EXACT else None,
         )
         found = judge(evidence, "none", False)
         rows.append(

@@ -34,7 +34,9 @@ class Row:
     token_now: float
     mean_abs_dlogp: float
     mean_abs_dgap: float
-    moved: float
+    moved: int
+    passed_over: float
+    unmoved: bool
 
 
 def finite(value: float) -> float | None:
@@ -69,13 +71,17 @@ class Comparison:
     """Positions whose log-probabilities were compared."""
     moved: Ints
     """Positions at which the log-probability or the gap has other bits, as far as both are known."""
+    passed_over: Floats
+    """How much likelier than the token chosen at the divergence another one was, nats; 0 where the choice was greedy."""
+    unmoved: NDArray[np.bool_]
+    """Another token was chosen, of just the log-probability recorded for the golden's, and nothing moved up to there: to the bit."""
 
     def __len__(self) -> int:
         return len(self.ids)
 
     def row(self, i: int) -> Row:
         """One prompt's numbers."""
-        return Row(**{name: float(getattr(self, name)[i]) for name in Row.__dataclass_fields__})
+        return Row(**{name: getattr(self, name)[i].item() for name in Row.__dataclass_fields__})
 
     @property
     def differs(self) -> NDArray[np.bool_]:
@@ -116,6 +122,8 @@ def compare_replay(golden: Generation, scores: Sequence[Scores]) -> Comparison:
         mean_abs_dgap=_mean(dgap, owner, len(rows)),
         compared=np.diff(starts),
         moved=_moved(dlogp, dgap, owner, len(rows)),
+        passed_over=np.zeros(len(rows)),
+        unmoved=np.zeros(len(rows), dtype=bool),
     )
 
 
@@ -144,6 +152,9 @@ def compare_decode(golden: Generation, now: Generation) -> Comparison:
     then = golden.offsets[:-1][rows] + np.where(inside, first, 0)
     here = now.offsets[:-1] + np.where(inside, first, 0)
     deficit = _deficit_at(golden, now, then, here)
+    gap = _take(now.gap, here, np.nan).astype(np.float64)
+    tied = _take(now.logprob, here, np.nan) == _take(golden.logprob, then, np.nan)
+    changed = np.bincount(owner[seen & (dlogp != 0)], minlength=len(rows)) > 0
     return Comparison(
         ids=now.ids,
         divergence_index=first,
@@ -157,6 +168,8 @@ def compare_decode(golden: Generation, now: Generation) -> Comparison:
         mean_abs_dgap=_mean(dgap, owner, len(rows)),
         compared=np.bincount(owner[seen], minlength=len(rows)).astype(np.int64),
         moved=_moved(dlogp, dgap, owner, len(rows)),
+        passed_over=np.where(inside, np.fmax(0.0, -gap), 0.0),
+        unmoved=inside & tied & ~changed,
     )
 
 

@@ -338,6 +338,8 @@ class _View:
             level=self.golden.noise.level(row),
             ratio=noise.bulk_ratio(self.golden.compute_class),
             other_bits=_other_bits(self.golden, replayed, decoded),
+            passed_over=shown.passed_over,
+            unmoved=shown.unmoved,
         )
         return evidence, shown
 
@@ -375,7 +377,7 @@ class _View:
 
 def _other_bits(golden: Golden, *rows: Row | None) -> int | None:
     """Tokens whose numbers moved at all, where that is what counts: the most that either way of checking saw."""
-    return max(int(row.moved) for row in rows if row is not None) if golden.compute_class == noise.EXACT else None
+    return max(row.moved for row in rows if row is not None) if golden.compute_class == noise.EXACT else None
 
 
 def _change(value: float) -> float | None:

@@ -1,10 +1,11 @@
 """The verdict: a pure function of evidence, envelope and policy (DESIGN section 4).
 
-Rounding explains a difference when both hold:
+Rounding explains a difference when all hold:
 
 * the tail: the golden token's largest deficit lies within the largest change of a gap that benign changes made;
 * the bulk: the prompt's mean |Δlogp| is not several times its benign level, so that the whole text is as near to the
-  golden as rounding leaves it. A text whose every token moved tenfold is drift, even if no token flipped.
+  golden as rounding leaves it. A text whose every token moved tenfold is drift, even if no token flipped;
+* the choice: the token that was chosen instead is the likeliest now, and something had moved when it was chosen.
 
 Of an exact golden rounding explains nothing: a prompt whose every number has the golden's bits is identical, any other drifts.
 """
@@ -61,6 +62,10 @@ class Evidence:
     """How many times `level` is still benign."""
     other_bits: int | None = None
     """Tokens whose numbers have other bits than an exact golden's; None for any other golden."""
+    passed_over: float = 0.0
+    """How much likelier another token was than the one that was decoded at the divergence, nats."""
+    unmoved: bool = False
+    """Another token was decoded from the recording's own numbers, bit for bit."""
 
     @property
     def moved(self) -> float:
@@ -116,9 +121,11 @@ def _judge_bits(seen: Evidence, other: int) -> Judgement:
     """Identical or drift: no policy waives what no rounding can have done."""
     if not seen.differs and not other:
         return Judgement(Verdict.IDENTICAL)
-    flipped = ["another token is chosen"] if seen.differs else []
-    counted = [f"the numbers of {other} token{'s' if other > 1 else ''} have other bits"] if other else []
-    return Judgement(Verdict.DRIFT, f"{' and '.join(flipped + counted)}, and exact compute does not round")
+    reasons = ["another token is chosen"] if seen.differs else []
+    if other:
+        reasons.append(f"the numbers of {other} token{'s' if other > 1 else ''} have other bits")
+    reasons += _why_not_greedy(seen)
+    return Judgement(Verdict.DRIFT, f"{' and '.join(reasons)}, and exact compute does not round")
 
 
 def _why_not_rounding(seen: Evidence) -> list[str]:
@@ -129,6 +136,19 @@ def _why_not_rounding(seen: Evidence) -> list[str]:
         reasons.append(size if known else "its deficit is unknown, so rounding cannot be shown")
     if seen.bulk_outside:
         reasons.append(f"every token moved: mean |Δlogp| is {seen.moved:.3g} times the benign level {seen.level:.2g}")
+    return reasons + _why_not_greedy(seen)
+
+
+def _why_not_greedy(seen: Evidence) -> list[str]:
+    reasons = []
+    if seen.passed_over > 0:
+        reasons.append(
+            f"a token likelier by {seen.passed_over:.2g} was passed over: the choice is not greedy (a sampler, a penalty)"
+        )
+    if seen.unmoved:
+        reasons.append(
+            "every number is the recording's, bit for bit: what differs is how a token is chosen (a sampler, how ties are broken)"
+        )
     return reasons
 
 

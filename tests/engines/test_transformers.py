@@ -12,9 +12,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from pytest_repro.comparison import compare_decode
 from pytest_repro.engines.base import Spec, opener
 from pytest_repro.errors import ConfigError, EngineError
-from pytest_repro.generation import Request
+from pytest_repro.generation import Generation, Request
 from pytest_repro.models import ModelFiles, resolve
 from pytest_repro.numerics import mode
 from pytest_repro.suite import Prompt
@@ -125,6 +126,7 @@ def test_decoding_watches_the_golden_token(engine: Any) -> None:
 def test_numbers_are_of_the_token_that_was_chosen_however_it_was(engine: Any, settings: dict[str, Any]) -> None:
     """A sampler that nobody asked for passes over likelier tokens, and must not look as if it had chosen them."""
     asked = requests(engine, "Hello", "Another prompt")
+    greedy = engine.generate(asked)
     config, kept = engine.model.generation_config, {}
     for name, value in settings.items():
         kept[name] = getattr(config, name)
@@ -144,6 +146,8 @@ def test_numbers_are_of_the_token_that_was_chosen_however_it_was(engine: Any, se
             np.testing.assert_allclose(output.logprob, score.logprob, atol=1e-4)
             np.testing.assert_allclose(output.gap, score.gap, atol=1e-4)
             assert (output.gap < 0).any()
+        found = compare_decode(Generation.of(asked, greedy), Generation.of(asked, outputs))
+        assert found.differs.all() and (found.passed_over > 0).all()
 
 
 def test_nan_in_logits_is_an_error_of_the_prompt(files: ModelFiles) -> None:

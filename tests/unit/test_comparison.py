@@ -90,6 +90,30 @@ def test_decode_deficit(now: Any, deficit: float) -> None:
     assert finite(found.row(0).golden_gap) == (0.5 if inside else None)
 
 
+@pytest.mark.parametrize(
+    ("now", "passed_over", "unmoved"),
+    [
+        (output("p", [1, 9], gap=[1.0, 0.0], logprob=[-0.5, -0.25], watched=[-0.5, -0.25]), 0.0, False),
+        (output("p", [1, 9], gap=[1.0, -0.125], logprob=[-0.5, -0.75], watched=[-0.5, -0.625]), 0.125, False),
+        (output("p", [1, 9], gap=[1.0, 0.0], watched=[-0.5, -0.5]), 0.0, True),
+        (output("p", [1, 9], gap=[1.0, 0.0], logprob=[-0.75, -0.5], watched=[-0.75, -0.5]), 0.0, False),
+        (output("p", [1, 9], gap=[1.0, 0.0], watched=[-0.5, nan]), 0.0, False),
+        (output("p", [1, 9], gap=[1.0, 0.25], watched=[-0.5, -0.75]), 0.0, False),
+        (output("p", [1, 9], gap=[1.0, nan], logprob=[nan, nan], watched=[nan, nan]), 0.0, False),
+        (output("p", [1, 2], gap=[1.0, -0.5], watched=[-0.5, -0.5]), 0.0, False),
+        (output("p", [1]), 0.0, False),
+    ],
+    ids=[
+        "greedy", "a-likelier-one-passed-over", "a-tie-broken-otherwise", "a-tie-after-something-moved", "golden-token-unseen",
+        "golden-token-moved", "no-numbers", "same-text", "ended-early",
+    ],
+)  # fmt: skip
+def test_a_choice_that_rounding_did_not_make(now: Any, passed_over: float, unmoved: bool) -> None:
+    found = compare_decode(generation(output("p", [1, 2], gap=[1.0, 0.0])), generation(now))
+    assert (found.passed_over.tolist(), found.unmoved.tolist()) == ([passed_over], [unmoved])
+    assert (found.row(0).passed_over, found.row(0).unmoved) == (passed_over, unmoved)
+
+
 def test_decode_numbers_count_up_to_and_including_the_first_divergence() -> None:
     golden = generation(output("p", [1, 2, 3, 4], logprob=[-0.5, -0.5, -0.5, -0.5]))
     now = output("p", [1, 2, 9, 4], logprob=[-0.25, -0.5, -0.125, -8.0], watched=[-0.25, -0.5, -1.0, -16.0])
