@@ -263,6 +263,6 @@ def test_a_name_says_what_is_rounded_and_over_what(
     ],
 )
 def test_a_name_that_says_nothing_is_refused_with_the_reason(name: str, why: str) -> None:
-    with pytest.raises(ConfigError, match="mode|format") as refused:
+    with pytest.raises(ConfigError, match=r"mode|format") as refused:
         parse(name)
     assert why in refused.value.what and refused.value.fix

@@ -68,9 +68,9 @@ def quantised(x: torch.Tensor, emulation: Emulation) -> torch.Tensor:
 
 def scales(x: torch.Tensor, emulation: Emulation) -> torch.Tensor:
     """S of each tensor, or of each row of the last dimension; 1 for numbers that are all zero. Broadcasts against `x`."""
-    # One number keeps its dimensions: by a tensor without any, torch divides as by a reciprocal, which rounds twice.
+    # Tensors divided by tensors: where one side is a mere number, torch multiplies by a reciprocal, which rounds twice.
     most = x.abs().amax(tuple(range(x.dim())) if emulation.scale == "tensor" else -1, keepdim=True)
-    found = (emulation.format.largest / most).clamp(max=LARGEST_SCALE)
+    found = (torch.full_like(most, emulation.format.largest) / most).clamp(max=LARGEST_SCALE)
     return torch.where(most == 0, torch.ones_like(most), found)
 
 
