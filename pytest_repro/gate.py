@@ -20,7 +20,7 @@ import numpy as np
 from . import calibration, candidate, judging, models, noise, numerics, probe, sketch, store
 from .arbiter import arbitrate
 from .comparison import Comparison, compare_decode, compare_replay
-from .engines.base import Engine, Opener, Spec, needs_model, opener
+from .engines.base import Engine, Opener, Spec, check_mode, needs_model, opener
 from .errors import ConfigError, EngineError, GoldenMissing, ReproError
 from .fingerprint import Fingerprint
 from .generation import Generation, Output, Request, Scores
@@ -382,6 +382,8 @@ def live(suite: Suite, mode: str, options: Options, show: Progress) -> Iterator[
     """The suite's engine, opened: its model found or fetched, loaded in the mode's numerics."""
     chosen = options.opener or opener(suite.engine, allow_code=options.allow_code or options.trusted_engine)
     files = None
+    if options.opener is None:
+        check_mode(suite.engine, numerics.mode(mode), str(suite.folder))
     if options.opener is None and needs_model(suite.engine):
         files = models.resolve(suite.model, suite.folder, show.say)
     spec = Spec(

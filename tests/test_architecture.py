@@ -45,6 +45,7 @@ LAYERS = [
 LAYERCAST = {
     f"numerics.layercast.{name}" for name in ("product", "native", "gpu", "weight", "model", "quantizer", "vllm")
 }
+FORMATS = {"numerics.formats.quantiser", "numerics.formats.model"}
 CLI = {
     "cli.shell",
     "cli.goldens",
@@ -71,6 +72,7 @@ HEAVY = {
         "precision",
         "review",
         *LAYERCAST,
+        *FORMATS,
     },
     "vllm": {"engines.vllm", "numerics.layercast.vllm"},
     "transformers": {
@@ -79,6 +81,7 @@ HEAVY = {
         "engines.vllm",
         "models",
         "numerics.layercast.quantizer",
+        "numerics.formats.model",
     },
     "triton": {"numerics.layercast.gpu"},
     "huggingface_hub": {"models"},
@@ -91,9 +94,9 @@ HEAVY = {
     "pynvml": {"probe"},
 }
 AT_THE_TOP = {
-    "torch": {"engines.activations", "engines.transformers", "engines.vllm_worker", *LAYERCAST},
+    "torch": {"engines.activations", "engines.transformers", "engines.vllm_worker", *LAYERCAST, *FORMATS},
     "vllm": {"numerics.layercast.vllm"},
-    "transformers": {"engines.transformers", "numerics.layercast.quantizer"},
+    "transformers": {"engines.transformers", "numerics.layercast.quantizer", "numerics.formats.model"},
     "pytest": {"plugin", "testing"},
 }
 

@@ -34,7 +34,7 @@ def init(
     prompts: Annotated[Path, typer.Option("--prompts", help="JSON Lines, GSM8K's format, or plain lines.")],
     name: Annotated[str, typer.Option("--name", help="The suite's name; default: the folder's.")] = "",
     modes: Annotated[
-        list[str] | None, typer.Option("--numerics", help="native, bf16, fp16, fp32 or layercast; repeatable, or with commas.")
+        list[str] | None, typer.Option("--numerics", help="native, bf16, fp16, fp32, layercast or a format such as e4m3; repeatable, or with commas.")
     ] = None,
     engine: Annotated[str, typer.Option("--engine", help="transformers, vllm, openai, scripted or module:function.")] = "transformers",
     engine_option: Annotated[

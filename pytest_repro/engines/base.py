@@ -105,6 +105,8 @@ class Entry:
     """The pip extra that installs what it needs."""
     options: tuple[str, ...]
     """Keys of the suite's `[engine]` table that it understands."""
+    emulates: bool = False
+    """Whether it can emulate a floating-point format; no other engine is opened with such a mode."""
 
 
 VLLM_OPTIONS = (
@@ -118,7 +120,11 @@ VLLM_OPTIONS = (
 
 REGISTRY: dict[str, Entry] = {
     "transformers": Entry(
-        "transformers", needs_model=True, extra="transformers", options=("device", "attention", "round_weights")
+        "transformers",
+        needs_model=True,
+        extra="transformers",
+        options=("device", "attention", "round_weights"),
+        emulates=True,
     ),
     "vllm": Entry("vllm", needs_model=True, extra="vllm", options=VLLM_OPTIONS),
     "openai": Entry(
@@ -127,13 +133,27 @@ REGISTRY: dict[str, Entry] = {
         extra="openai",
         options=("base_url", "model", "dialect", "concurrency", "timeout", "retries", "backoff"),
     ),
-    "scripted": Entry("scripted", needs_model=False, extra="", options=("script", "fp32", "observed", "jitter")),
+    "scripted": Entry("scripted", needs_model=False, extra="", options=("script", "fp32", "observed", "jitter"), emulates=True),
 }
 
 
 def needs_model(name: str) -> bool:
     """Whether an engine reads model files."""
     return name in REGISTRY and REGISTRY[name].needs_model
+
+
+def check_mode(name: str, mode: Mode, where: str) -> None:
+    """Refuse a format to an engine that does not emulate any: it would compute in FP32 under another name.
+
+    Raises:
+        ConfigError: with the mode.
+    """
+    if mode.emulation is not None and not (name in REGISTRY and REGISTRY[name].emulates):
+        raise ConfigError(
+            f"the engine {name} emulates no floating-point formats, and {mode.name} is one",
+            where=where,
+            fix="--repro-engine transformers, or another mode",
+        )
 
 
 def check_options(name: str, options: Mapping[str, Any], where: str) -> None:

@@ -33,6 +33,7 @@ from ..errors import ConfigError, EngineError
 from ..fingerprint import Fingerprint
 from ..generation import Output, Request, Scores, digest
 from ..numerics import layercast
+from ..numerics.formats.model import Emulated
 from ..sketch import Sketch, positions
 from ..suite import Prompt
 from .activations import Activations, sketch_of, watched
@@ -61,7 +62,8 @@ def open_engine(spec: Spec) -> Iterator[Engine]:
     with spec.mode.switches():
         engine = TransformersEngine(spec)
         try:
-            yield engine
+            with engine.emulating():
+                yield engine
         finally:
             engine.close()
 
@@ -79,6 +81,8 @@ class TransformersEngine:
         self.device = _device(spec.options.get("device"))
         path = str(spec.model.path)
         self.product = self._prepare()
+        self.emulated: Emulated | None = None
+        """The format that is in force."""
         with _explained(f"loading {spec.model.reference}", lambda: None):
             config = AutoConfig.from_pretrained(path, trust_remote_code=False)
             self.tokenizer = load_tokenizer(path)
@@ -131,8 +135,21 @@ class TransformersEngine:
             return {}
         return {"quantization_config": layercast.LayerCastConfig(round_weights=round_weights)}
 
+    @contextmanager
+    def emulating(self) -> Iterator[None]:
+        """The mode's format, if it is one, in force on the loaded model."""
+        emulation = self.spec.mode.emulation
+        if emulation is None:
+            yield
+            return
+        with _explained(f"rounding to {emulation.name}", self._memory_hint):
+            self.emulated = Emulated(self.model, emulation)
+        with self.emulated.in_force():
+            yield
+
     def close(self) -> None:
         """Let go of the model's memory."""
+        self.emulated = None
         self.model = None
         gc.collect()
         if self.device.type == "cuda":
@@ -141,7 +158,7 @@ class TransformersEngine:
     def observe(self) -> precision.Observation:
         """What the model's own arithmetic shows, on its own device."""
         with _explained("probing", self._memory_hint):
-            return precision.observe(self.model)
+            return self.emulated.observe() if self.emulated else precision.observe(self.model)
 
     def facts(self) -> Fingerprint:
         """What is in force."""
@@ -221,7 +238,9 @@ class TransformersEngine:
         return self._replay(requests, tick, REPLAY_POSITIONS)
 
     def replay_fp32(self, requests: Sequence[Request], tick: Tick = no_tick) -> list[Scores] | None:
-        """Under LayerCast, on the model as it lies in memory; it is as before when this returns."""
+        """Under LayerCast, on the model as it lies in memory; it is as before when this returns. None of a rounded one."""
+        if self.emulated:
+            return None
         with (
             _explained("replaying under LayerCast", self._memory_hint),
             layercast.casting(self.model, self.spec.say),
