@@ -33,13 +33,14 @@ LAYERS = [
         "result",
         "golden",
         "capybara",
+        "ladder",
         "provenance",
         "wording",
         "starter",
     },
     {"store", "artifact", "history", "probe", "precision", "models", "engines", "numerics"},
     {"report"},
-    {"gate", "review", "verification", "trials"},
+    {"gate", "review", "verification", "trials", "descent"},
     {"plugin", "cli", "session", "fixture", "testing"},
 ]
 LAYERCAST = {
@@ -57,12 +58,14 @@ CLI = {
     "cli.calibrating",
     "cli.starting",
     "cli.law",
+    "cli.ladders",
     "cli.surfaces",
 }
 HEAVY = {
     "pytest": {"plugin", "testing"},
     "torch": {
         "engines.activations",
+        "engines.departures",
         "engines.transformers",
         "engines.vllm",
         "engines.vllm_worker",
@@ -88,13 +91,20 @@ HEAVY = {
     "httpx": {"engines.openai_client"},
     "typer": CLI,
     "rich": CLI,
-    "jinja2": {"report.html"},
+    "jinja2": {"report.html", "report.curves"},
     "markupsafe": {"report.html"},
     "git": {"probe", "history"},
     "pynvml": {"probe"},
 }
 AT_THE_TOP = {
-    "torch": {"engines.activations", "engines.transformers", "engines.vllm_worker", *LAYERCAST, *FORMATS},
+    "torch": {
+        "engines.activations",
+        "engines.departures",
+        "engines.transformers",
+        "engines.vllm_worker",
+        *LAYERCAST,
+        *FORMATS,
+    },
     "vllm": {"numerics.layercast.vllm"},
     "transformers": {"engines.transformers", "numerics.layercast.quantizer", "numerics.formats.model"},
     "pytest": {"plugin", "testing"},

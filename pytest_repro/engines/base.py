@@ -10,13 +10,15 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from ..errors import ConfigError, EngineError
 from ..fingerprint import Fingerprint
 from ..generation import Output, Request, Scores
+from ..ladder import Departure
 from ..models import ModelFiles
 from ..numerics import Mode
+from ..numerics.formats import Emulation
 from ..precision import Observation
 from ..sketch import Sketch
 from ..suite import Prompt
@@ -91,6 +93,17 @@ class Engine(Protocol):
         """
 
 
+@runtime_checkable
+class Emulating(Protocol):
+    """An engine that can put a floating-point format in force on the model that it holds, and take it off again."""
+
+    def in_format(self, emulation: Emulation) -> AbstractContextManager[None]:
+        """The format in force; `observe`, `generate` and `departures` see the model in it."""
+
+    def departures(self, requests: Sequence[Request], tick: Tick = no_tick) -> list[Departure]:
+        """Each request's `reference` tokens in the format that is in force, against the same weights in FP32."""
+
+
 Opener = Callable[[Spec], AbstractContextManager[Engine]]
 
 
@@ -133,7 +146,9 @@ REGISTRY: dict[str, Entry] = {
         extra="openai",
         options=("base_url", "model", "dialect", "concurrency", "timeout", "retries", "backoff"),
     ),
-    "scripted": Entry("scripted", needs_model=False, extra="", options=("script", "fp32", "observed", "jitter"), emulates=True),
+    "scripted": Entry(
+        "scripted", needs_model=False, extra="", options=("script", "fp32", "observed", "jitter"), emulates=True
+    ),
 }
 
 

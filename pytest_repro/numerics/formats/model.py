@@ -44,6 +44,8 @@ class Emulated:
             raise EngineError(f"{type(model).__name__} has no KV cache to round", fix="leave kv out of the mode's name")
         self.weights = self._rounded_weights() if emulation.rounds("weights") else {}
         """Name of a layer -> its weight, rounded."""
+        self.own: dict[str, Any] = {}
+        """Name of a layer -> the weight that stood there before the format was in force."""
 
     def _rounded_weights(self) -> dict[str, torch.nn.Parameter]:
         with torch.no_grad():
@@ -57,6 +59,8 @@ class Emulated:
         """The format, FP32 switches included; leaving restores what was found, on error too. Nests."""
         with ExitStack() as undo:
             undo.enter_context(ieee())
+            undo.callback(setattr, self, "own", self.own)
+            self.own = {name: self.layers[name]._parameters["weight"] for name in self.weights}
             for name, weight in self.weights.items():
                 held = self.layers[name]._parameters
                 undo.callback(held.__setitem__, "weight", held["weight"])
@@ -66,6 +70,18 @@ class Emulated:
                     undo.callback(layer.register_forward_pre_hook(self._input, with_kwargs=True).remove)
             if self.emulation.rounds("kv"):
                 undo.callback(self.model.register_forward_pre_hook(self._cached, with_kwargs=True).remove)
+            yield
+
+    @contextmanager
+    def lifted(self) -> Iterator[None]:
+        """The model's own numbers for a moment, while the format is in force: FP32 on the same path."""
+        with ExitStack() as undo:
+            undo.callback(setattr, self, "paused", self.paused)
+            self.paused = True
+            for name, weight in self.own.items():
+                held = self.layers[name]._parameters
+                undo.callback(held.__setitem__, "weight", held["weight"])
+                held["weight"] = weight
             yield
 
     def _round(self, x: torch.Tensor) -> torch.Tensor:
@@ -208,4 +224,6 @@ def _check_matrices(model: Any, layers: dict[str, Any]) -> None:
 
 def _refusal(names: list[str], why: str) -> EngineError:
     shown = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
-    return EngineError(f"a format cannot be emulated for {shown}: {why}", fix="a model whose products are linear layers")
+    return EngineError(
+        f"a format cannot be emulated for {shown}: {why}", fix="a model whose products are linear layers"
+    )

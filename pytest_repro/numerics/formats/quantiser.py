@@ -76,7 +76,8 @@ def scales(x: torch.Tensor, emulation: Emulation) -> torch.Tensor:
 
 def _blocks(x: torch.Tensor, size: int) -> torch.Tensor:
     """The last dimension cut into blocks, shape (..., blocks, size); zeros fill the last one, and change no maximum."""
-    return torch.nn.functional.pad(x, (0, -x.shape[-1] % size)).unflatten(-1, (-1, size))
+    whole = torch.nn.functional.pad(x, (0, -x.shape[-1] % size))
+    return whole.reshape(*whole.shape[:-1], -1, size)
 
 
 def on_grid(x: torch.Tensor, emulation: Emulation) -> bool:

@@ -65,7 +65,7 @@ class Format:
     @property
     def bias(self) -> int:
         """2^(E-1) - 1."""
-        return int(2 ** (self.exponent - 1)) - 1
+        return (1 << (self.exponent - 1)) - 1
 
     @property
     def lowest(self) -> int:
