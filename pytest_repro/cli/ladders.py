@@ -27,6 +27,7 @@ from .shell import AsJson, app, as_data, console, errors, reported, say
 
 INTERRUPTED = 130
 FIGURE, TABLE = "ladder.svg", "ladder.md"
+USUAL = ",".join(ladder.FORMATS)
 
 Formats = Annotated[
     str, typer.Option("--formats", metavar="LIST", help="The rungs, with commas; any e<E>m<M>, walked from wide to narrow.")
@@ -60,7 +61,7 @@ EngineOption = Annotated[
 @reported
 def walk(
     path: Annotated[Path, typer.Argument(help="A suite's folder, with an fp32 golden.")],
-    formats_: Formats = ",".join(ladder.FORMATS),
+    formats_: Formats = USUAL,
     targets: Targets = None,
     scale: Scale = None,
     at_exponent: Annotated[int, typer.Option(min=1, max=8, help="Exponent bits of the curve over mantissa bits.")] = 4,
@@ -128,7 +129,7 @@ def _plan(
     """
     chosen = [formats.parse_format(word.strip(), "--formats") for word in named.split(",") if word.strip()]
     if not chosen:
-        raise ConfigError("no format is named", where="--formats", fix=f"--formats {','.join(ladder.FORMATS)}")
+        raise ConfigError("no format is named", where="--formats", fix=f"--formats {USUAL}")
     layouts = [(f.exponent, f.mantissa) for f in chosen]
     spine = {_emulation(layout, targets, scale).name for layout in layouts}
     if curves is not None:

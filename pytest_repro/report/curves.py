@@ -67,9 +67,8 @@ def svg(suite: str, curves: Sequence[Curve]) -> str:
         suite: its name.
         curves: of `ladder.curves`; at least one.
     """
-    shown = [(curve, [r for r in curve.rungs]) for curve in curves]
-    bits = sorted({_varied(curve, rung) for curve, rungs in shown for rung in rungs})
-    decades = _decades([rung.mean_kl for _, rungs in shown for rung in rungs])
+    bits = sorted({_varied(curve, rung) for curve in curves for rung in curve.rungs})
+    decades = _decades([rung.mean_kl for curve in curves for rung in curve.rungs])
     second = LEFT + PANEL_WIDTH + ROOM
     panels = (
         _panel("mean KL divergence from FP32, nats a token", LEFT, curves, bits, decades, _log(decades), _kl),
