@@ -145,12 +145,6 @@ def _emulation(layout: tuple[int, int], targets: str | None, scale: str | None) 
     return formats.parse(name, "--targets, --scale")
 
 
-def _accuracy(rung: Rung) -> str:
-    """`40.6 -> 37.5 %, p 0.25`; empty where nothing was decoded."""
-    test = rung.accuracy
-    return "" if test is None else f"{test['golden']:.1f} -> {test['now']:.1f} %, p {test['p_value']:.2g}"
-
-
 def _cells(rung: Rung) -> list[str]:
     return [
         rung.mode,
@@ -160,16 +154,18 @@ def _cells(rung: Rung) -> list[str]:
         "" if rung.mean_index is None else f"{rung.mean_index:.1f}",
         f"{rung.mean_abs_dlogp:.2g}",
         f"{rung.mean_kl:.2g}",
-        _accuracy(rung),
+        "" if rung.accuracy is None else f"{rung.accuracy['now']:.1f} %",
+        "" if rung.accuracy is None else f"{rung.accuracy['p_value']:.2g}",
     ]
 
 
-COLUMNS = ("format", "known as", "bits", "divergent", "first at token", "mean |Δlogp|", "mean KL", "accuracy")
+COLUMNS = ("format", "known as", "bits", "divergent", "first at token", "mean |Δlogp|", "mean KL", "accuracy", "p")
 
 
 def _line(rung: Rung) -> str:
-    parts = [f"{rung.divergent} of {rung.prompts} divergent", f"KL {rung.mean_kl:.2g}", _accuracy(rung)]
-    return f"{rung.mode}: {', '.join(part for part in parts if part)}, {rung.seconds:.0f} s"
+    scored = "" if rung.accuracy is None else f"accuracy {rung.accuracy['now']:.1f} %, "
+    moved = f"{rung.divergent} of {rung.prompts} divergent, KL {rung.mean_kl:.2g}"
+    return f"{rung.mode}: {moved}, {scored}{rung.seconds:.0f} s"
 
 
 def _markdown(rungs: Sequence[Rung]) -> str:
@@ -193,6 +189,10 @@ def _show(rungs: Sequence[Rung], drawn: Sequence[ladder.Curve], place: Path) -> 
     for rung in rungs:
         table.add_row(*map(Text, _cells(rung)))
     console.print(table)
+    if scored := [rung.accuracy for rung in rungs if rung.accuracy]:
+        golden, smallest = scored[0]["golden"], scored[0]["smallest_drop"]
+        can = "no drop could be shown" if smallest is None else f"a drop of {smallest:.1f} points can be shown"
+        say(f"the golden's accuracy: {golden:.1f} %; over {scored[0]['n']} prompts {can}")
     left = ladder.left_at(rungs)
     say(
         f"the model leaves its golden at {left.mode}, {left.bits} bits"

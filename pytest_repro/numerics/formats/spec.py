@@ -75,7 +75,7 @@ class Format:
     @property
     def highest(self) -> int:
         """Exponent of the largest number."""
-        return min(2**self.exponent - 1 - self.bias, 127)
+        return min((1 << self.exponent) - 1 - self.bias, 127)
 
     @property
     def largest(self) -> float:
