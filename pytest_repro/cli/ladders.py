@@ -52,6 +52,9 @@ Out = Annotated[
     ),
 ]
 BatchSize = Annotated[int, typer.Option("--batch-size", min=1, help="Prompts decoded together, for accuracy.")]
+EngineName = Annotated[
+    str | None, typer.Option("--engine", help="In the suite's engine's place: one that emulates formats.")
+]
 EngineOption = Annotated[
     list[str] | None, typer.Option("--engine-option", metavar="NAME=VALUE", help="As --repro-engine-option; repeatable.")
 ]  # fmt: skip
@@ -75,6 +78,7 @@ def walk(
     ] = True,
     batch_size: BatchSize = 32,
     out: Out = None,
+    engine: EngineName = None,
     engine_option: EngineOption = None,
     allow_code: Annotated[bool, typer.Option("--allow-code", help="Let the suite's scorer be code.")] = False,
     as_json: AsJson = False,
@@ -88,7 +92,7 @@ def walk(
     Example: pytest-repro ladder golden/word-problems
     """
     folder = path.parent if path.name == SUITE_FILE else path
-    suite = _suite(folder, batch_size, engine_option or ())
+    suite = _suite(folder, batch_size, engine, engine_option or ())
     plan = _plan(formats_, targets, scale, (at_exponent, at_mantissa) if curves else None, accuracy, allow_code)
     check_mode(suite.engine, formats.mode(plan.rungs[0].name), typed(folder))
     place = out or Path("ladder") / suite.name
@@ -111,9 +115,10 @@ def walk(
         _show(rungs, drawn, place)
 
 
-def _suite(folder: Path, batch_size: int, named: Sequence[str]) -> Suite:
+def _suite(folder: Path, batch_size: int, engine: str | None, named: Sequence[str]) -> Suite:
     options = dict(parse_engine_option(text, "--engine-option") for text in named)
-    suite = load(folder, Overrides(batch_size=batch_size, engine_options=options), defaults_around(folder)[1])
+    overrides = Overrides(batch_size=batch_size, engine=engine, engine_options=options)
+    suite = load(folder, overrides, defaults_around(folder)[1])
     check_options(suite.engine, suite.user_options, "--engine-option")
     check_tables(suite.engine_tables, typed(folder))
     return suite

@@ -167,7 +167,7 @@ def check_mode(name: str, mode: Mode, where: str) -> None:
         raise ConfigError(
             f"the engine {name} emulates no floating-point formats, and {mode.name} is one",
             where=where,
-            fix="--repro-engine transformers, or another mode",
+            fix="the engine transformers (--repro-engine, or --engine of a command)",
         )
 
 

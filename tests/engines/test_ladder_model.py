@@ -212,6 +212,7 @@ def test_targets_and_scale_are_part_of_every_rung(command: Any) -> None:
         (("--targets", "biases"), "'biases' says nothing of a format"),
         (("--scale", "row"), "'row' says nothing of a format"),
         (("--engine-option", "colour=red"), "unknown key 'colour'"),
+        (("--engine", "vllm"), "the engine vllm emulates no floating-point formats"),
     ],
 )
 def test_a_mistake_is_told_before_anything_is_loaded(
