@@ -262,7 +262,7 @@ def _watched(model: Any) -> tuple[Observation | None, str]:
                 return out
 
         with Watch():
-            out = _a_few_tokens(model)
+            out = a_few_tokens(model)
     # Where several things are narrow, the first is nearest to the cause.
     first = next((o for o in found if not o.fp32_class), None)
     return first or min(found, key=lambda o: o.sum_bits, default=None), _cache_dtype(out)
@@ -286,7 +286,7 @@ def _inside(model: Any) -> Iterator[list[str]]:
             handle.remove()
 
 
-def _a_few_tokens(model: Any) -> Any:
+def a_few_tokens(model: Any) -> Any:
     """The model's output for some tokens, with a cache."""
     import torch
 
@@ -298,15 +298,21 @@ def _a_few_tokens(model: Any) -> Any:
 
 def kv_cache_dtype(model: Any) -> str:
     """The narrowest dtype of what tokens leave in the cache, `none` without one: observed by running some."""
-    return _cache_dtype(_a_few_tokens(model))
+    return _cache_dtype(a_few_tokens(model))
+
+
+def cached(out: Any) -> Iterator[tuple[int, str, torch.Tensor]]:
+    """(layer, `keys` or `values`, what tokens left there) of a model's output; nothing without a cache."""
+    import torch
+
+    for i, layer in enumerate(getattr(getattr(out, "past_key_values", None), "layers", None) or []):
+        for name in ("keys", "values"):
+            if isinstance(held := getattr(layer, name, None), torch.Tensor):
+                yield i, name, held
 
 
 def _cache_dtype(out: Any) -> str:
-    import torch
-
-    layers = getattr(getattr(out, "past_key_values", None), "layers", None) or []
-    held = [getattr(layer, name, None) for layer in layers for name in ("keys", "values")]
-    names = {str(t.dtype).removeprefix("torch.") for t in held if isinstance(t, torch.Tensor)}
+    names = {str(tensor.dtype).removeprefix("torch.") for _, _, tensor in cached(out)}
     return min(names, key=lambda name: DTYPE_BITS.get(name, 0), default="none")
 
 

@@ -33,18 +33,20 @@ LAYERS = [
         "result",
         "golden",
         "capybara",
+        "ladder",
         "provenance",
         "wording",
         "starter",
     },
     {"store", "artifact", "history", "probe", "precision", "models", "engines", "numerics"},
     {"report"},
-    {"gate", "review", "verification", "trials"},
+    {"gate", "review", "verification", "trials", "descent"},
     {"plugin", "cli", "session", "fixture", "testing"},
 ]
 LAYERCAST = {
     f"numerics.layercast.{name}" for name in ("product", "native", "gpu", "weight", "model", "quantizer", "vllm")
 }
+FORMATS = {"numerics.formats.quantiser", "numerics.formats.model"}
 CLI = {
     "cli.shell",
     "cli.goldens",
@@ -56,12 +58,14 @@ CLI = {
     "cli.calibrating",
     "cli.starting",
     "cli.law",
+    "cli.ladders",
     "cli.surfaces",
 }
 HEAVY = {
     "pytest": {"plugin", "testing"},
     "torch": {
         "engines.activations",
+        "engines.departures",
         "engines.transformers",
         "engines.vllm",
         "engines.vllm_worker",
@@ -71,6 +75,7 @@ HEAVY = {
         "precision",
         "review",
         *LAYERCAST,
+        *FORMATS,
     },
     "vllm": {"engines.vllm", "numerics.layercast.vllm"},
     "transformers": {
@@ -79,21 +84,29 @@ HEAVY = {
         "engines.vllm",
         "models",
         "numerics.layercast.quantizer",
+        "numerics.formats.model",
     },
     "triton": {"numerics.layercast.gpu"},
     "huggingface_hub": {"models"},
     "httpx": {"engines.openai_client"},
     "typer": CLI,
     "rich": CLI,
-    "jinja2": {"report.html"},
+    "jinja2": {"report.html", "report.curves"},
     "markupsafe": {"report.html"},
     "git": {"probe", "history"},
     "pynvml": {"probe"},
 }
 AT_THE_TOP = {
-    "torch": {"engines.activations", "engines.transformers", "engines.vllm_worker", *LAYERCAST},
+    "torch": {
+        "engines.activations",
+        "engines.departures",
+        "engines.transformers",
+        "engines.vllm_worker",
+        *LAYERCAST,
+        *FORMATS,
+    },
     "vllm": {"numerics.layercast.vllm"},
-    "transformers": {"engines.transformers", "numerics.layercast.quantizer"},
+    "transformers": {"engines.transformers", "numerics.layercast.quantizer", "numerics.formats.model"},
     "pytest": {"plugin", "testing"},
 }
 
