@@ -20,7 +20,7 @@ import numpy as np
 from . import calibration, candidate, judging, models, noise, numerics, probe, sketch, store
 from .arbiter import arbitrate
 from .comparison import Comparison, compare_decode, compare_replay
-from .engines.base import Engine, Opener, Spec, needs_model, opener
+from .engines.base import Engine, Opener, Spec, check_mode, needs_model, opener
 from .errors import ConfigError, EngineError, GoldenMissing, ReproError
 from .fingerprint import Fingerprint
 from .generation import Generation, Output, Request, Scores
@@ -380,6 +380,8 @@ def find_golden(suite: Suite, mode: str, result: SuiteResult, options: Options) 
 @contextmanager
 def live(suite: Suite, mode: str, options: Options, show: Progress) -> Iterator[Engine]:
     """The suite's engine, opened: its model found or fetched, loaded in the mode's numerics."""
+    if options.opener is None:
+        check_mode(suite.engine, numerics.mode(mode), str(suite.folder))
     chosen = options.opener or opener(suite.engine, allow_code=options.allow_code or options.trusted_engine)
     files = None
     if options.opener is None and needs_model(suite.engine):
@@ -529,6 +531,11 @@ def _requests(engine: Engine, suite: Suite, shard: Shard | None) -> list[Request
 
 def _request(engine: Engine, prompt: Prompt) -> Request:
     return Request(prompt.id, np.asarray(engine.encode(prompt), np.int32), prompt.content)
+
+
+def asked_again(engine: Engine, suite: Suite, golden: Golden) -> list[Request]:
+    """The suite's prompts with the golden's own answers to them."""
+    return _watching(_requests(engine, suite, None), golden)
 
 
 def _watching(requests: Sequence[Request], golden: Golden | None) -> list[Request]:

@@ -9,6 +9,7 @@ the gaps, which `rounding` compares over the whole suite.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -33,7 +34,15 @@ def bulk_ratio(compute_class: str) -> float:
     FP32 noise is the order of summation, which kernels not yet seen may choose otherwise; 16-bit noise is the rounding of
     stored results, which every kernel does alike. Measured: docs/decisions/0003-envelope.md.
     """
-    return BULK_RATIO.get(compute_class, BULK_RATIO_16_BIT)
+    return BULK_RATIO.get(kind(compute_class), BULK_RATIO_16_BIT)
+
+
+_WEIGHTS_ALONE = re.compile(r"e\d+m\d+-weights(-(tensor|channel|unscaled|block\d+))?")
+
+
+def kind(compute_class: str) -> str:
+    """The class whose noise a class has: with only its weights rounded to a format, a model computes as in FP32."""
+    return "fp32" if _WEIGHTS_ALONE.fullmatch(compute_class) else compute_class
 
 
 @dataclass(frozen=True)

@@ -41,7 +41,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--repro-numerics",
         metavar="MODE",
         action="append",
-        help="native, bf16, fp16, fp32, layercast or exact, in the suite's place; repeatable",
+        help="native, bf16, fp16, fp32, layercast, exact or a format such as e4m3, in the suite's place; repeatable",
     )
     add("--repro-batch-size", metavar="N", type=int, help="batch size, in the suite's place")
     add("--repro-engine", metavar="NAME",

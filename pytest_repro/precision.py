@@ -301,12 +301,18 @@ def kv_cache_dtype(model: Any) -> str:
     return _cache_dtype(a_few_tokens(model))
 
 
-def _cache_dtype(out: Any) -> str:
+def cached(out: Any) -> Iterator[tuple[int, str, torch.Tensor]]:
+    """(layer, `keys` or `values`, what tokens left there) of a model's output; nothing without a cache."""
     import torch
 
-    layers = getattr(getattr(out, "past_key_values", None), "layers", None) or []
-    held = [getattr(layer, name, None) for layer in layers for name in ("keys", "values")]
-    names = {str(t.dtype).removeprefix("torch.") for t in held if isinstance(t, torch.Tensor)}
+    for i, layer in enumerate(getattr(getattr(out, "past_key_values", None), "layers", None) or []):
+        for name in ("keys", "values"):
+            if isinstance(held := getattr(layer, name, None), torch.Tensor):
+                yield i, name, held
+
+
+def _cache_dtype(out: Any) -> str:
+    names = {str(tensor.dtype).removeprefix("torch.") for _, _, tensor in cached(out)}
     return min(names, key=lambda name: DTYPE_BITS.get(name, 0), default="none")
 
 

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .fingerprint import Change
-from .noise import bulk_ratio
+from .noise import bulk_ratio, kind
 
 MARGIN = {"fp32": 4.0, "exact": 1.0}
 """Times the benign level that benign changes may reach as a whole, by compute class: docs/decisions/0008-rounding.md."""
@@ -97,7 +97,7 @@ def rounding_test(
         return None
     ratios = _ratios(moved[seen], levels[seen])
     beyond = unmeasured(changes, variants)
-    usual = MARGIN.get(compute_class, MARGIN_16_BIT)
+    usual = MARGIN.get(kind(compute_class), MARGIN_16_BIT)
     margin = bulk_ratio(compute_class) if beyond else usual
     excess = ratios - np.log(margin)
     return RoundingTest(

@@ -20,7 +20,7 @@ from typing import Any
 from filelock import FileLock
 
 from . import accuracy, gate, numerics, probe
-from .engines.base import check_options, check_tables, opener
+from .engines.base import check_mode, check_options, check_tables, opener
 from .errors import ConfigError, EngineError
 from .gate import Options
 from .generation import digest
@@ -207,7 +207,7 @@ def validated(path: Path, session: Session) -> Suite:
     option = session.config.option
     with _located("--repro-numerics" if option.repro_numerics else f"{typed(path)} [run.numerics]"):
         for mode in suite.numerics:
-            numerics.mode(mode)
+            check_mode(suite.engine, numerics.mode(mode), "numerics")
     with _located("--repro-engine" if option.repro_engine else f"{typed(path)} [suite.engine]"), suppress(EngineError):
         opener(suite.engine, allow_code=session.trusts_engine())  # an engine that is not installed: every item says so
     check_options(suite.engine, suite.user_options, "--repro-engine-option")

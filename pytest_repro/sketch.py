@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .comparison import finite
-from .noise import EXACT, bulk_ratio
+from .noise import EXACT, bulk_ratio, kind
 
 PROJECTIONS = 4
 """Numbers that are kept of a row, however wide."""
@@ -201,7 +201,7 @@ def _picked(sketch: Sketch, rows: Sequence[int]) -> Sketch:
 
 
 def _allowed(level: NDArray[np.float32], compute_class: str) -> NDArray[np.float64]:
-    unit = ROUNDING_UNIT.get(compute_class, 0.0) * UNITS.get(compute_class, 1.0)
+    unit = ROUNDING_UNIT.get(kind(compute_class), 0.0) * UNITS.get(kind(compute_class), 1.0)
     return bulk_ratio(compute_class) * np.maximum(level.astype(np.float64), unit)
 
 

@@ -25,7 +25,7 @@ from .golden import Agreed, Golden, Review
 from .suite import Shard
 
 GOLDEN, PENDING = ".golden", ".pending"
-STEM = re.compile(r"[a-z0-9_]+(@[a-z0-9_-]+)?")
+STEM = re.compile(r"[a-z0-9_][a-z0-9_-]*(@[a-z0-9_-]+)?")
 """A golden's name: a compute class, and a device class if it is for one only."""
 _PART = re.compile(r"(.+)\.([1-9][0-9]*)of([1-9][0-9]*)")
 

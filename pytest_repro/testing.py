@@ -21,6 +21,7 @@ from .engines.base import Engine
 from .errors import EngineError
 from .generation import FINISH_REASONS, Generation, Output, Request
 from .noise import envelope
+from .numerics import formats
 from .precision import Observation
 from .suite import Prompt
 
@@ -150,7 +151,8 @@ class EngineContract:
         """What the probe saw has a class that policies know."""
         seen = engine.observe()
         assert isinstance(seen, Observation)
-        assert seen.compute_class in ("fp32", "tf32", "fp16", "bf16", "lower", "exact", "unknown")
+        known = ("fp32", "tf32", "fp16", "bf16", "lower", "exact", "unknown")
+        assert seen.compute_class in known or formats.looks_like_one(seen.compute_class)
 
 
 def _same_bits(first: Sequence[Output], second: Sequence[Output]) -> None:

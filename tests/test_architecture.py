@@ -33,13 +33,14 @@ LAYERS = [
         "result",
         "golden",
         "capybara",
+        "ladder",
         "provenance",
         "wording",
         "starter",
     },
     {"store", "artifact", "history", "probe", "precision", "models", "engines", "numerics"},
     {"report"},
-    {"gate", "review", "verification", "trials"},
+    {"gate", "review", "verification", "trials", "descent"},
     {"plugin", "cli", "session", "fixture", "testing"},
 ]
 LAYERCAST = {
@@ -48,6 +49,7 @@ LAYERCAST = {
 EXACT = {
     f"numerics.exact.{name}" for name in ("dyadic", "elementary", "operations", "native", "rotary", "model", "proof")
 }
+FORMATS = {"numerics.formats.quantiser", "numerics.formats.model"}
 CLI = {
     "cli.shell",
     "cli.goldens",
@@ -59,12 +61,14 @@ CLI = {
     "cli.calibrating",
     "cli.starting",
     "cli.law",
+    "cli.ladders",
     "cli.surfaces",
 }
 HEAVY = {
     "pytest": {"plugin", "testing"},
     "torch": {
         "engines.activations",
+        "engines.departures",
         "engines.transformers",
         "engines.vllm",
         "engines.vllm_worker",
@@ -75,6 +79,7 @@ HEAVY = {
         "review",
         *LAYERCAST,
         *EXACT,
+        *FORMATS,
     },
     "vllm": {"engines.vllm", "numerics.layercast.vllm"},
     "transformers": {
@@ -84,21 +89,35 @@ HEAVY = {
         "models",
         "numerics.layercast.quantizer",
         "numerics.exact.model",
+        "numerics.formats.model",
     },
     "triton": {"numerics.layercast.gpu"},
     "huggingface_hub": {"models"},
     "httpx": {"engines.openai_client"},
     "typer": CLI,
     "rich": CLI,
-    "jinja2": {"report.html"},
+    "jinja2": {"report.html", "report.curves"},
     "markupsafe": {"report.html"},
     "git": {"probe", "history"},
     "pynvml": {"probe"},
 }
 AT_THE_TOP = {
-    "torch": {"engines.activations", "engines.transformers", "engines.vllm_worker", *LAYERCAST, *EXACT},
+    "torch": {
+        "engines.activations",
+        "engines.departures",
+        "engines.transformers",
+        "engines.vllm_worker",
+        *LAYERCAST,
+        *FORMATS,
+        *EXACT,
+    },
     "vllm": {"numerics.layercast.vllm"},
-    "transformers": {"engines.transformers", "numerics.layercast.quantizer", "numerics.exact.model"},
+    "transformers": {
+        "engines.transformers",
+        "numerics.layercast.quantizer",
+        "numerics.formats.model",
+        "numerics.exact.model",
+    },
     "pytest": {"plugin", "testing"},
 }
 

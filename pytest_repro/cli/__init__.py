@@ -16,6 +16,7 @@ from . import (  # noqa: F401, I001  (importing them registers their commands, i
     shards,
     machine,
     law,
+    ladders,
 )
 from .shell import app
 

@@ -14,7 +14,7 @@ from typing import Annotated
 import typer
 
 from .. import accuracy, numerics, starter
-from ..engines.base import REGISTRY, check_options, needs_model
+from ..engines.base import REGISTRY, check_mode, check_options, needs_model
 from ..errors import ConfigError
 from ..models import well_formed
 from ..starter import Recipe
@@ -34,7 +34,7 @@ def init(
     prompts: Annotated[Path, typer.Option("--prompts", help="JSON Lines, GSM8K's format, or plain lines.")],
     name: Annotated[str, typer.Option("--name", help="The suite's name; default: the folder's.")] = "",
     modes: Annotated[
-        list[str] | None, typer.Option("--numerics", help="native, bf16, fp16, fp32, layercast or exact; repeatable, or with commas.")
+        list[str] | None, typer.Option("--numerics", help="native, bf16, fp16, fp32, layercast, exact or a format such as e4m3; repeatable, or with commas.")
     ] = None,
     engine: Annotated[str, typer.Option("--engine", help="transformers, vllm, openai, scripted or module:function.")] = "transformers",
     engine_option: Annotated[
@@ -135,7 +135,7 @@ def _check(recipe: Recipe) -> None:
         raise ConfigError("no numerics mode is named", where="--numerics", fix="--numerics fp32,bf16")
     for mode in recipe.numerics:
         try:
-            numerics.mode(mode)
+            check_mode(recipe.engine, numerics.mode(mode), "--numerics")
         except ConfigError as exc:
             raise ConfigError(exc.what, where="--numerics") from None
     check_options(recipe.engine, recipe.engine_options, "--engine-option")

@@ -10,13 +10,15 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from ..errors import ConfigError, EngineError
 from ..fingerprint import Fingerprint
 from ..generation import Output, Request, Scores
+from ..ladder import Departure
 from ..models import ModelFiles
 from ..numerics import Mode
+from ..numerics.formats import Emulation
 from ..precision import Observation
 from ..sketch import Sketch
 from ..suite import Prompt
@@ -91,6 +93,17 @@ class Engine(Protocol):
         """
 
 
+@runtime_checkable
+class Emulating(Protocol):
+    """An engine that can put a floating-point format in force on the model that it holds, and take it off again."""
+
+    def in_format(self, emulation: Emulation) -> AbstractContextManager[None]:
+        """The format in force; `observe`, `generate` and `departures` see the model in it."""
+
+    def departures(self, requests: Sequence[Request], tick: Tick = no_tick) -> list[Departure]:
+        """Each request's `reference` tokens in the format that is in force, against the same weights in FP32."""
+
+
 Opener = Callable[[Spec], AbstractContextManager[Engine]]
 
 
@@ -105,6 +118,8 @@ class Entry:
     """The pip extra that installs what it needs."""
     options: tuple[str, ...]
     """Keys of the suite's `[engine]` table that it understands."""
+    emulates: bool = False
+    """Whether it can emulate a floating-point format; no other engine is opened with such a mode."""
 
 
 VLLM_OPTIONS = (
@@ -118,7 +133,11 @@ VLLM_OPTIONS = (
 
 REGISTRY: dict[str, Entry] = {
     "transformers": Entry(
-        "transformers", needs_model=True, extra="transformers", options=("device", "attention", "round_weights")
+        "transformers",
+        needs_model=True,
+        extra="transformers",
+        options=("device", "attention", "round_weights"),
+        emulates=True,
     ),
     "vllm": Entry("vllm", needs_model=True, extra="vllm", options=VLLM_OPTIONS),
     "openai": Entry(
@@ -127,13 +146,29 @@ REGISTRY: dict[str, Entry] = {
         extra="openai",
         options=("base_url", "model", "dialect", "concurrency", "timeout", "retries", "backoff"),
     ),
-    "scripted": Entry("scripted", needs_model=False, extra="", options=("script", "fp32", "observed", "jitter")),
+    "scripted": Entry(
+        "scripted", needs_model=False, extra="", options=("script", "fp32", "observed", "jitter"), emulates=True
+    ),
 }
 
 
 def needs_model(name: str) -> bool:
     """Whether an engine reads model files."""
     return name in REGISTRY and REGISTRY[name].needs_model
+
+
+def check_mode(name: str, mode: Mode, where: str) -> None:
+    """Refuse a format to an engine that does not emulate any: it would compute in FP32 under another name.
+
+    Raises:
+        ConfigError: with the mode.
+    """
+    if mode.emulation is not None and not (name in REGISTRY and REGISTRY[name].emulates):
+        raise ConfigError(
+            f"the engine {name} emulates no floating-point formats, and {mode.name} is one",
+            where=where,
+            fix="the engine transformers (--repro-engine, or --engine of a command)",
+        )
 
 
 def check_options(name: str, options: Mapping[str, Any], where: str) -> None:

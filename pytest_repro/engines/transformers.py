@@ -32,11 +32,15 @@ from .. import precision, probe
 from ..errors import ConfigError, EngineError
 from ..fingerprint import Fingerprint
 from ..generation import Output, Request, Scores, digest
+from ..ladder import Departure
 from ..numerics import exact, layercast
+from ..numerics.formats import Emulation
+from ..numerics.formats.model import Emulated
 from ..sketch import Sketch, positions
 from ..suite import Prompt
 from .activations import Activations, sketch_of, watched
 from .base import Engine, Spec, Tick, no_tick
+from .departures import References, departure
 from .tokenizer import encode, eos, load_tokenizer
 
 Sum = Callable[[torch.Tensor], torch.Tensor]
@@ -64,7 +68,7 @@ def open_engine(spec: Spec) -> Iterator[Engine]:
     with spec.mode.switches():
         engine = TransformersEngine(spec)
         try:
-            with engine.computing():
+            with engine.computing(), engine.emulating():
                 yield engine
         finally:
             engine.close()
@@ -83,6 +87,9 @@ class TransformersEngine:
         self.device = _device(spec.options.get("device"))
         path = str(spec.model.path)
         self.product = self._prepare()
+        self.emulated: Emulated | None = None
+        """The format that is in force."""
+        self.references = References()
         with _explained(f"loading {spec.model.reference}", lambda: None):
             config = AutoConfig.from_pretrained(path, trust_remote_code=False)
             self.tokenizer = load_tokenizer(path)
@@ -154,8 +161,16 @@ class TransformersEngine:
             return {}
         return {"quantization_config": layercast.LayerCastConfig(round_weights=round_weights)}
 
+    @contextmanager
+    def emulating(self) -> Iterator[None]:
+        """The mode's format, if it is one, in force on the loaded model."""
+        emulation = self.spec.mode.emulation
+        with self.in_format(emulation) if emulation is not None else nullcontext():
+            yield
+
     def close(self) -> None:
         """Let go of the model's memory."""
+        self.references = References()
         self.model = None
         gc.collect()
         if self.device.type == "cuda":
@@ -164,7 +179,9 @@ class TransformersEngine:
     def observe(self) -> precision.Observation:
         """What the model's own arithmetic shows, on its own device."""
         with _explained("probing", self._memory_hint):
-            return exact.observe(self.model) if self.exact else precision.observe(self.model)
+            if self.exact:
+                return exact.observe(self.model)
+            return self.emulated.observe() if self.emulated else precision.observe(self.model)
 
     def facts(self) -> Fingerprint:
         """What is in force."""
@@ -244,7 +261,9 @@ class TransformersEngine:
         return self._replay(requests, tick, REPLAY_POSITIONS)
 
     def replay_fp32(self, requests: Sequence[Request], tick: Tick = no_tick) -> list[Scores] | None:
-        """Under LayerCast, on the model as it lies in memory; it is as before when this returns."""
+        """Under LayerCast, on the model as it lies in memory; it is as before when this returns. None of a rounded one."""
+        if self.emulated:
+            return None
         with (
             _explained("replaying under LayerCast", self._memory_hint),
             layercast.casting(self.model, self.spec.say),
@@ -290,6 +309,11 @@ class TransformersEngine:
             yield batch
 
     def _forward(self, batch: Sequence[Request]) -> list[Scores]:
+        found = zip(batch, self._logits(batch), strict=True)
+        return [_score(request, logits, self._logsumexp) for request, logits in found]
+
+    def _logits(self, batch: Sequence[Request]) -> list[torch.Tensor]:
+        """What one forward pass says of each request's reference tokens, shape (T, vocabulary)."""
         width = max(_length(r) for r in batch)
         first = min(len(r.tokens) for r in batch) - 1  # the position that predicts the first answer token
         ids = torch.zeros((len(batch), width), dtype=torch.long)
@@ -301,10 +325,42 @@ class TransformersEngine:
         logits = self.model(input_ids=ids.to(self.device), use_cache=False, **keeping).logits
         if not keeping:
             logits = logits[:, first : width - 1]
+        starts = [len(r.tokens) - 1 - first for r in batch]
         return [
-            _score(request, logits[row, len(request.tokens) - 1 - first :], self._logsumexp)
-            for row, request in enumerate(batch)
+            logits[row, start : start + len(_reference(r))]
+            for row, (start, r) in enumerate(zip(starts, batch, strict=True))
         ]
+
+    @contextmanager
+    def in_format(self, emulation: Emulation) -> Iterator[None]:
+        """A format in force on the loaded model, in the place of the mode's own numbers."""
+        with _explained(f"rounding to {emulation.name}", self._memory_hint):
+            emulated = Emulated(self.model, emulation)
+        self.emulated, before = emulated, self.emulated
+        try:
+            with emulated.in_force():
+                yield
+        finally:
+            self.emulated = before
+
+    def departures(self, requests: Sequence[Request], tick: Tick = no_tick) -> list[Departure]:
+        """Each request's reference tokens in the format that is in force, against the same weights in FP32."""
+        assert self.emulated is not None, "no format is in force"
+        self._check_vocabulary(requests)
+        found: dict[int, Departure] = {}
+        for places in self._by_length(requests, REPLAY_POSITIONS):
+            batch = [requests[i] for i in places]
+            with _explained(f"comparing a batch of {len(batch)}", self._memory_hint), torch.inference_mode():
+                fp32 = self.references.of(batch, partial(self._logits_in_fp32, batch))
+                for place, request, before, now in zip(places, batch, fp32, self._logits(batch), strict=True):
+                    found[place] = departure(request, before, now)
+            tick(sum(len(_reference(r)) for r in batch))
+        return [found[i] for i in range(len(requests))]
+
+    def _logits_in_fp32(self, batch: Sequence[Request]) -> list[torch.Tensor]:
+        assert self.emulated is not None
+        with self.emulated.lifted():
+            return self._logits(batch)
 
     def benign(self) -> Iterator[tuple[str, Callable[[Sequence[Request], Tick], list[Scores]]]]:
         """Prefill instead of decode, then that with another batch size, one thread, another attention kernel."""

@@ -57,10 +57,6 @@ def open_engine(spec: Spec) -> Iterator[Engine]:
     """
     assert spec.model is not None, "the vllm engine needs a model"
     if spec.mode.storage == "exact":
-        raise ConfigError(
-            "vLLM has no exact compute", where="numerics", fix='engine = "transformers", or the numerics mode layercast'
-        )
-    if spec.mode.storage == "exact":
         fix = 'engine = "transformers", or the numerics mode layercast'
         raise ConfigError("vLLM has no exact compute", where="numerics", fix=fix)
     executor = spec.options.get("distributed_executor_backend", EXECUTORS[0])

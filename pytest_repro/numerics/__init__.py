@@ -10,8 +10,12 @@ import importlib
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from ..errors import ConfigError
+
+if TYPE_CHECKING:
+    from .formats import Emulation
 
 _MODES = ("native", "bf16", "fp16", "fp32", "layercast", "exact")
 
@@ -29,6 +33,8 @@ class Mode:
     """Entering sets torch's global switches, leaving restores them."""
     storage: str | None = None
     """How weights are stored where that is not `dtype`: the name of a quantisation method that engines register."""
+    emulation: Emulation | None = None
+    """The floating-point format that an engine emulates, which must be one that can (`engines.base.Entry.emulates`)."""
 
 
 def mode(name: str) -> Mode:
@@ -38,6 +44,11 @@ def mode(name: str) -> Mode:
         ConfigError: there is no such mode.
     """
     if name not in _MODES:
-        raise ConfigError(f"unknown numerics mode {name!r}; known: {', '.join(_MODES)}", where="numerics")
+        from . import formats
+
+        if formats.looks_like_one(name):
+            return formats.mode(name)
+        known = f"{', '.join(_MODES)}, and formats such as e4m3"
+        raise ConfigError(f"unknown numerics mode {name!r}; known: {known}", where="numerics")
     found: Mode = importlib.import_module(f"{__name__}.{name}").MODE
     return found

@@ -166,6 +166,14 @@ BAD_OPTIONS: dict[str, tuple[list[str], list[str]]] = {
         ["--repro-threshold", "max_divergent", "-1 is not a count"],
     ),
     "unknown-mode": (["--repro-check", "golden", "--repro-numerics", "bf61"], ["unknown numerics mode 'bf61'"]),
+    "unknown-word-of-a-format": (
+        ["--repro-check", "golden", "--repro-numerics", "e4m3-wieghts"],
+        ["--repro-numerics: unknown numerics mode 'e4m3-wieghts': 'wieghts' says nothing of a format", "e4m3[-weights]"],
+    ),
+    "format-on-an-engine-without": (
+        ["--repro-check", "golden", "--repro-numerics", "e4m3", "--repro-engine", "vllm"],
+        ["--repro-numerics: the engine vllm emulates no floating-point formats, and e4m3 is one", "transformers"],
+    ),
     "no-batch": (["--repro-check", "golden", "--repro-batch-size", "0"], ["batch_size must be at least 1, not 0"]),
     "unknown-engine": (["--repro-check", "golden", "--repro-engine", "scriptd"], ["unknown engine 'scriptd'"]),
     "unknown-engine-option": (

@@ -99,16 +99,16 @@ def test_short_sums_are_caught(folder: Path) -> None:
     assert not seen.fp32_class
 
 
-@pytest.mark.skipif(
-    not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="this CPU has no bf16 products for oneDNN to fall back on"
-)
-def test_bf16_products_of_onednn_are_caught_and_fp32_mode_undoes_them() -> None:
-    wide = torch.nn.Linear(512, 512, bias=False)
+def test_bf16_products_of_onednn_are_caught_where_this_cpu_makes_them_and_fp32_mode_undoes_them() -> None:
+    """oneDNN has them on CPUs with matrix tiles (AMX); on others the same switch changes nothing, and nothing is to be seen."""
+    wide, x = torch.nn.Linear(512, 512, bias=False), torch.randn(64, 512)
     with torch.inference_mode(), onednn("bf16"):
-        assert bits(wide) < precision.FP32_PRODUCT_BITS
+        error = (wide(x) - x.double() @ wide.weight.double().T).abs().max()
+        rounds = bool(error > 1e-4)
+        assert (bits(wide) < precision.FP32_PRODUCT_BITS) is rounds
         with mode("fp32").switches():
             assert bits(wide) >= precision.FP32_PRODUCT_BITS
-        assert bits(wide) < precision.FP32_PRODUCT_BITS
+        assert (bits(wide) < precision.FP32_PRODUCT_BITS) is rounds
 
 
 def switches() -> list[str]:

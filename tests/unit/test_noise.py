@@ -89,6 +89,11 @@ def test_fp32_noise_may_grow_more_than_16_bit_noise_and_exact_noise_not_at_all()
     assert bulk_ratio("fp32") == 10.0 and bulk_ratio("exact") == 1.0
 
 
+def test_with_its_weights_alone_rounded_a_model_has_fp32s_noise() -> None:
+    assert {bulk_ratio(f"e4m3-weights{scale}") for scale in ("", "-tensor", "-block32", "-unscaled")} == {10.0}
+    assert {bulk_ratio(name) for name in ("e4m3", "e4m3-activations", "e4m3-weights-kv", "e4m3-kv-tensor")} == {2.0}
+
+
 def test_envelopes_of_parts_are_the_envelope_of_the_whole() -> None:
     """To the last bit: means are taken over all prompts again, whatever order the parts come in."""
     random = np.random.default_rng(0)

@@ -103,7 +103,8 @@ def test_a_field_that_differs_twice_is_named_once() -> None:
 
 
 @pytest.mark.parametrize(
-    ("compute_class", "usual", "wide"), [("fp32", 4.0, 10.0), ("fp16", 1.1, 2.0), ("exact", 1.0, 1.0)]
+    ("compute_class", "usual", "wide"),
+    [("fp32", 4.0, 10.0), ("fp16", 1.1, 2.0), ("exact", 1.0, 1.0), ("e4m3", 1.1, 2.0), ("e4m3-weights", 4.0, 10.0)],
 )
 def test_margins_by_class(compute_class: str, usual: float, wide: float) -> None:
     assert suite_at(1.0, compute_class).margin == usual

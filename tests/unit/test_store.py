@@ -148,9 +148,9 @@ def test_find_takes_the_first_that_is_there(tmp_path: Path, first: int) -> None:
     assert find(tmp_path, "fp32", "cpu") == Place(tmp_path, FP32_ORDER[first])
 
 
-@pytest.mark.parametrize("wanted", ["bf16", "fp16", "exact"])
+@pytest.mark.parametrize("wanted", ["bf16", "fp16", "exact", "e4m3", "e4m3-weights"])
 def test_nothing_but_fp32_falls_back(tmp_path: Path, wanted: str) -> None:
-    for stem in {"fp32", "fp16", "bf16", "exact"} - {wanted}:
+    for stem in {"fp32", "fp16", "bf16", "exact", "e4m3", "e4m3-weights", "e8m7"} - {wanted}:
         put(tmp_path, stem)
     put(tmp_path, f"{wanted}@cuda-sm90")
     with pytest.raises(GoldenMissing, match=f"no golden for {wanted} on cpu .goldens here: .*{wanted}@cuda-sm90"):

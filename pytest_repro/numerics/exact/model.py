@@ -48,6 +48,7 @@ def computing(
     """
     with ExitStack() as undo:
         undo.enter_context(ieee())
+        operations.prepare(say)
         _replace_leaves(model, round_weights, undo.callback)
         _take_attention(model, undo.callback)
         proof.nothing_else_computes(model)
