@@ -120,7 +120,9 @@ def held(out: Path) -> Iterator[None]:
         with FileLock(out / ".lock", timeout=0):
             yield
     except Timeout:
-        raise ConfigError("another study runs in this folder", where=typed(out), fix="wait for it, or --out FOLDER") from None
+        raise ConfigError(
+            "another study runs in this folder", where=typed(out), fix="wait for it, or --out FOLDER"
+        ) from None
 
 
 def read(out: Path) -> list[Cell]:
@@ -133,7 +135,9 @@ def read(out: Path) -> list[Cell]:
     for path in sorted((out / CELLS).glob("*.jsonl")):
         cell = cells.decode(path.read_bytes(), typed(path))
         if path.stem != cell.name:
-            raise ConfigError(f"the file's name is not its content's, {cell.name}", where=typed(path), fix="name it so again")
+            raise ConfigError(
+                f"the file's name is not its content's, {cell.name}", where=typed(path), fix="name it so again"
+            )
         found.append(cell)
     return found
 
@@ -149,9 +153,27 @@ def kept(out: Path, plan: Plan, shared: Mapping[str, Value]) -> list[Cell]:
     for cell in there:
         if changed := cells.differing(cell.asked, shared):
             raise ConfigError(
-                f"this folder holds cells of another study: {'; '.join(changed)}", where=typed(out), fix="--out FOLDER, another one"
+                f"this folder holds cells of another study: {'; '.join(changed)}",
+                where=typed(out),
+                fix="--out FOLDER, another one",
             )
     return [cell for cell in there if cell.name in wanted]
+
+
+def of_one_study(found: Sequence[Cell]) -> None:
+    """Refuse cells that were asked different things. Where a model lies is a machine's own; its digest is not.
+
+    Raises:
+        ConfigError: naming what differs.
+    """
+    for cell in found:
+        changed = cells.differing({**found[0].asked, "model": cell.asked.get("model")}, cell.asked)
+        if changed:
+            raise ConfigError(
+                f"cells of different studies: {'; '.join(changed)}",
+                where="--merge",
+                fix="study the same on every machine",
+            )
 
 
 def run(plan: Plan, suite: Suite, out: Path, jobs: int, again: bool, show: Progress, tell: Tell) -> list[Cell]:
@@ -182,7 +204,7 @@ def run(plan: Plan, suite: Suite, out: Path, jobs: int, again: bool, show: Progr
     return [done[grid.name_of(setting)] for setting in grid.settings(plan.axes)]
 
 
-def _slots(plan: Plan, jobs: int, waiting: Sequence[Setting]) -> list[dict[str, str]]:
+def _slots(plan: Plan, jobs: int, waiting: Sequence[Setting]) -> list[Mapping[str, str]]:
     """What each of the cells that run at a time has for itself: its share of the GPUs.
 
     Raises:
@@ -208,7 +230,7 @@ class _Running:
 
     setting: Setting
     process: subprocess.Popen[bytes]
-    slot: dict[str, str]
+    slot: Mapping[str, str]
     started: float
     log: Path
 
@@ -222,7 +244,7 @@ class _Runner:
     out: Path
     folder: Path
     """For requests and logs, as long as it runs."""
-    slots: list[dict[str, str]]
+    slots: list[Mapping[str, str]]
     finished: list[Cell]
     waiting: list[Setting]
     tell: Tell
@@ -250,7 +272,7 @@ class _Runner:
         finally:
             self._end_all()
 
-    def _start(self, setting: Setting, slot: dict[str, str]) -> None:
+    def _start(self, setting: Setting, slot: Mapping[str, str]) -> None:
         name = grid.name_of(setting)
         request = self.folder / f"{name}.json"
         request.write_text(json.dumps(_request(self.plan, self.shared, setting, self._path(name), self.jobs)), "utf-8")

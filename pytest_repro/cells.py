@@ -143,7 +143,9 @@ def decode(data: bytes, where: str) -> Cell:
     for number, line in enumerate(lines, 1):
         if error := schemas.first_error(line, "cell", "prompt" if number > 1 else "header"):
             field_name = ".".join(map(str, error.absolute_path))
-            raise ConfigError(f"{schemas.describe(error)} ({field_name or 'the line'})", where=f"{where}:{number}", fix=mend)
+            raise ConfigError(
+                f"{schemas.describe(error)} ({field_name or 'the line'})", where=f"{where}:{number}", fix=mend
+            )
     if not lines or len(lines) - 1 != lines[0]["prompts"]:
         raise ConfigError("lines are missing", where=where, fix=mend)
     head, *rows = lines

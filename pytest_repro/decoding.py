@@ -42,7 +42,9 @@ def asked(suite: Suite, axes: Sequence[str], sampling: Sampling) -> dict[str, Va
         "model": suite.model,
         "engine": suite.engine,
         "batch_size": suite.batch_size,
-        "engine_options": digest([{name: dict(table) for name, table in suite.engine_tables.items()}, dict(suite.user_options)]),
+        "engine_options": digest(
+            [{name: dict(table) for name, table in suite.engine_tables.items()}, dict(suite.user_options)]
+        ),
         "samples": sampling.runs,
     }
     if sampling.runs:
@@ -69,7 +71,12 @@ def suite_of(suite: Suite, setting: Setting) -> Suite:
 
 
 def decode(
-    suite: Suite, setting: Setting, asked: Mapping[str, Value], sampling: Sampling, show: Progress, allow_code: bool = False
+    suite: Suite,
+    setting: Setting,
+    asked: Mapping[str, Value],
+    sampling: Sampling,
+    show: Progress,
+    allow_code: bool = False,
 ) -> Cell:
     """Run one cell here. Never raises a `ReproError`: what broke is the cell's error."""
     started = monotonic()
@@ -111,9 +118,7 @@ def _decoded(suite: Suite, cell: Cell, sampling: Sampling, show: Progress, allow
     return replace(cell, status="done", rows=rows, seconds=seconds)
 
 
-def _greedy(
-    engine: Engine, suite: Suite, requests: Sequence[Request], show: Progress
-) -> tuple[list[Output], float]:
+def _greedy(engine: Engine, suite: Suite, requests: Sequence[Request], show: Progress) -> tuple[list[Output], float]:
     """Every prompt's output, in the suite's order, and how long it took."""
     tick = show.phase("decode", len(requests) * suite.max_new_tokens)
     started = monotonic()
@@ -128,7 +133,9 @@ def _sampled(
     """One sampled run over all prompts."""
     draws: Callable[..., Any] | None = getattr(engine, "sampling", None)
     if draws is None:
-        raise EngineError(f"the engine {engine.name} is run greedily only", fix="--samples with the engine transformers")
+        raise EngineError(
+            f"the engine {engine.name} is run greedily only", fix="--samples with the engine transformers"
+        )
     tick = show.phase(f"sample {run + 1} of {sampling.runs}", len(requests) * suite.max_new_tokens)
     with draws(sampling.temperature, sampling.top_p, sampling.seed + run):
         outputs = [out for batch in suite.batches() for out in engine.generate([requests[i] for i in batch], tick)]

@@ -92,7 +92,9 @@ def dispersion(runs: Sequence[Run]) -> Dispersion:
         ValueError: fewer than two configurations, no prompt, or configurations of other prompts.
     """
     if len(runs) < 2 or not runs[0]:
-        raise ValueError(f"a standard deviation over {len(runs)} configurations of {len(runs[0]) if runs else 0} prompts")
+        raise ValueError(
+            f"a standard deviation over {len(runs)} configurations of {len(runs[0]) if runs else 0} prompts"
+        )
     indexes = divergence_indexes(runs)
     parted = [index for index in indexes if index is not None]
     accuracies = [a for run in runs if (a := accuracy(run)) is not None]

@@ -34,7 +34,7 @@ class Axis:
     """What a value must look like."""
     wanted: str
     """The values, for a person."""
-    field: str
+    fact: str
     """The fingerprint's field that must show the value."""
     shown: Callable[[str], Value] = str
     """A value as the fingerprint spells it."""
@@ -90,11 +90,15 @@ def parse_axis(text: str) -> tuple[str, tuple[str, ...]]:
     if not equals or not listed:
         raise ConfigError(f"{text!r} is not NAME=VALUE,VALUE", where="--axis", fix="e.g. --axis batch_size=1,4,16")
     if name not in AXES:
-        raise ConfigError(f"unknown axis {name!r}; known: {', '.join(AXES)}", where="--axis", fix="pytest-repro study --help")
+        raise ConfigError(
+            f"unknown axis {name!r}; known: {', '.join(AXES)}", where="--axis", fix="pytest-repro study --help"
+        )
     values = tuple(value.strip() for value in listed.split(","))
     for value in values:
         if not AXES[name].values.fullmatch(value):
-            raise ConfigError(f"{value!r} is no value of the axis {name}", where=f"--axis {name}", fix=f"give {AXES[name].wanted}")
+            raise ConfigError(
+                f"{value!r} is no value of the axis {name}", where=f"--axis {name}", fix=f"give {AXES[name].wanted}"
+            )
     if twice := sorted({value for value in values if values.count(value) > 1}):
         raise ConfigError(f"{', '.join(twice)} stands twice", where=f"--axis {name}", fix="name each value once")
     return name, values
@@ -141,7 +145,7 @@ def name_of(setting: Setting) -> str:
 
 def spoken(setting: Setting) -> str:
     """`bf16 · batch_size 4 · threads 1`."""
-    return " · ".join(v if k in ("numerics", "engine", "isa") else f"{k} {v}" for k, v in setting.items())
+    return " · ".join(v if k in ("numerics", "engine", "isa", MACHINE) else f"{k} {v}" for k, v in setting.items())
 
 
 def environment(setting: Setting, around: Mapping[str, str]) -> dict[str, str]:
@@ -180,7 +184,7 @@ def contradictions(setting: Setting, observed: Fingerprint, compute_class: str, 
     found = []
     for name, value in setting.items():
         axis = AXES[name]
-        seen, wanted = observed.get(axis.field), axis.shown(value)
+        seen, wanted = observed.get(axis.fact), axis.shown(value)
         if seen is None:
             found.append(f"{name} {value} was asked for, and the engine does not show what was in force")
         elif str(seen).lower() != str(wanted).lower():
@@ -191,7 +195,10 @@ def contradictions(setting: Setting, observed: Fingerprint, compute_class: str, 
 
 
 def seconds_left(
-    done: Sequence[tuple[Setting, float]], running: Sequence[tuple[Setting, float]], waiting: Sequence[Setting], jobs: int
+    done: Sequence[tuple[Setting, float]],
+    running: Sequence[tuple[Setting, float]],
+    waiting: Sequence[Setting],
+    jobs: int,
 ) -> float | None:
     """An estimate: a cell takes as long as the finished cells that share most of its setting did, on average.
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 import platform
+import re
 import sys
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -119,8 +120,9 @@ def peak_memory() -> dict[str, int]:
     """
     found: dict[str, int] = {}
     with suppress(OSError):
-        lines = Path("/proc/self/status").read_text("ascii", "replace").splitlines()
-        found = {"resident": int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:")}
+        status = Path("/proc/self/status").read_text("ascii", "replace")
+        if peak := re.search(r"^VmHWM:\s+(\d+) kB", status, re.MULTILINE):
+            found["resident"] = int(peak[1]) * 1024
     torch: Any = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_initialized():
         found["cuda"] = sum(torch.cuda.max_memory_allocated(i) for i in range(torch.cuda.device_count()))

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -132,7 +132,7 @@ class Study:
     engine: str = ""
     """Engine and torch, with their versions."""
     jobs: int = 1
-    columns: Mapping[str, str] = field(default_factory=dict)
+    """Cells that ran at a time, which makes each slower."""
 
 
 def study(cells: Sequence[Cell]) -> Study:
@@ -310,16 +310,22 @@ def _advice(steady: Sequence[Steady], cells: Sequence[Cell], axes: Mapping[str, 
     if not any(len(values) > 1 for axis, values in axes.items() if axis != "numerics"):
         return ("No advice: nothing but the numerics mode was varied, so that nothing could have moved.",)
     if not steady:
-        moved = [m for m in axes["numerics"] if sum(c.status == "done" and c.setting["numerics"] == m for c in cells) > 1]
+        moved = [
+            m for m in axes["numerics"] if sum(c.status == "done" and c.setting["numerics"] == m for c in cells) > 1
+        ]
         if not moved:
             return ("No advice: no mode has two cells that are done.",)
-        return ("No setting of this grid kept every output the same; the modes can be told apart by how far they moved.",)
+        return (
+            "No setting of this grid kept every output the same; the modes can be told apart by how far they moved.",
+        )
     best = steady[0]
     lines = [
         f"{grid.spoken(best.setting)} is the cheapest setting under which nothing moved: {best.prompts} prompts gave the same "
         f"tokens in all {best.cells} cells. {costs(best.cost)}."
     ]
-    lines += [f"{grid.spoken(other.setting)} kept every output the same too: {costs(other.cost)}." for other in steady[1:4]]
+    lines += [
+        f"{grid.spoken(other.setting)} kept every output the same too: {costs(other.cost)}." for other in steady[1:4]
+    ]
     lines.append(
         f"{best.prompts} prompts that did not move show, at {100 * LEVEL:.0f} %, that fewer than {best.bound:.1f} % of such prompts "
         f"move in this grid; they show nothing of settings outside of it."
@@ -343,7 +349,7 @@ def _cautions(done: Sequence[Cell], axes: Mapping[str, Sequence[str]]) -> tuple[
     """Numerics fields that differ between cells although no axis varies them."""
     if MACHINE in axes:
         return ()
-    varied = {f for axis in axes for f in (grid.AXES[axis].field, *grid.AXES[axis].moves)}
+    varied = {f for axis in axes for f in (grid.AXES[axis].fact, *grid.AXES[axis].moves)}
     if "engine" in axes or "attention" in axes:
         varied |= {name for cell in done for name in cell.environment if name.startswith("engine.")}
         varied |= {"engine_version", "attention"}
@@ -380,8 +386,6 @@ def merged(folders: Sequence[tuple[str, Sequence[Cell]]]) -> list[Cell]:
 
 
 def _on(cell: Cell, machine: str) -> Cell:
-    from dataclasses import replace
-
     return replace(cell, setting={**cell.setting, MACHINE: machine})
 
 
@@ -397,7 +401,8 @@ def _labels(folders: Sequence[tuple[str, Sequence[Cell]]]) -> dict[str, str]:
     for name, kind in kinds.items():
         alike.setdefault(kind, []).append(name)
     return {
-        name: kind if len(alike[kind]) == 1 else f"{kind} #{alike[kind].index(name) + 1}" for name, kind in kinds.items()
+        name: kind if len(alike[kind]) == 1 else f"{kind} #{alike[kind].index(name) + 1}"
+        for name, kind in kinds.items()
     }
 
 
@@ -443,6 +448,4 @@ def number(value: float | None) -> str:
 
 def as_data(done: Study) -> dict[str, Any]:
     """All tables as JSON, which the report is made from."""
-    from dataclasses import asdict
-
     return {"schema": 1, **asdict(done)}

@@ -36,10 +36,14 @@ LAYERS = [
         "provenance",
         "wording",
         "starter",
+        "dispersion",
+        "grid",
+        "cells",
+        "study",
     },
     {"store", "artifact", "history", "probe", "precision", "models", "engines", "numerics"},
     {"report"},
-    {"gate", "review", "verification", "trials"},
+    {"gate", "review", "verification", "trials", "decoding", "campaign"},
     {"plugin", "cli", "session", "fixture", "testing"},
 ]
 LAYERCAST = {
@@ -54,6 +58,7 @@ CLI = {
     "cli.verifying",
     "cli.bisecting",
     "cli.calibrating",
+    "cli.studying",
     "cli.starting",
     "cli.law",
     "cli.surfaces",
@@ -86,7 +91,7 @@ HEAVY = {
     "typer": CLI,
     "rich": CLI,
     "jinja2": {"report.html"},
-    "markupsafe": {"report.html"},
+    "markupsafe": {"report.html", "report.study"},
     "git": {"probe", "history"},
     "pynvml": {"probe"},
 }
