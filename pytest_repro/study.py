@@ -319,16 +319,22 @@ def _advice(steady: Sequence[Steady], cells: Sequence[Cell], axes: Mapping[str, 
             "No setting of this grid kept every output the same; the modes can be told apart by how far they moved.",
         )
     best = steady[0]
-    lines = [
+    varied = [axis for axis, values in axes.items() if axis not in best.setting and len(values) > 1]
+    lines = (
+        []
+        if len(best.setting) == 1
+        else ["No mode kept every output the same over the whole grid; with more held, some did."]
+    )
+    lines += [
         f"{grid.spoken(best.setting)} is the cheapest setting under which nothing moved: {best.prompts} prompts gave the same "
-        f"tokens in all {best.cells} cells. {costs(best.cost)}."
+        f"tokens in all {best.cells} cells that vary {', '.join(varied)}. {costs(best.cost)}."
     ]
     lines += [
         f"{grid.spoken(other.setting)} kept every output the same too: {costs(other.cost)}." for other in steady[1:4]
     ]
     lines.append(
         f"{best.prompts} prompts that did not move show, at {100 * LEVEL:.0f} %, that fewer than {best.bound:.1f} % of such prompts "
-        f"move in this grid; they show nothing of settings outside of it."
+        f"move in such cells; they show nothing of settings outside of it."
     )
     stayed = {s.setting["numerics"] for s in steady}
     for mode in axes["numerics"]:

@@ -199,7 +199,8 @@ def _aside(line: str, style: str = "") -> None:
 
 def _show(done: Study, files: list[Path]) -> None:
     """The tables, what had no answers, the advice, and where the files lie."""
-    _print(studies.table(done))
+    head, rows = studies.table(done)
+    _print((["", *(row[0] for row in rows)], list(zip(head[1:], *(row[1:] for row in rows), strict=True))))
     if done.effects:
         console.print(Text("\nwhich setting moves outputs, by pairs of cells that differ in it alone"))
         _print(report.effects(done))
@@ -217,10 +218,10 @@ def _print(found: report.Table) -> None:
     head, rows = found
     drawn = Table(box=None, pad_edge=False, header_style="bold")
     for name in head:
-        drawn.add_column(Text(inert(name)), overflow="fold")
+        drawn.add_column(Text(inert(name)), no_wrap=True)
     for row in rows:
         drawn.add_row(*(Text(inert(cell)) for cell in row))
-    console.print(drawn, soft_wrap=False)
+    console.print(drawn)
 
 
 def _line(label: str, line: str, style: str = "") -> None:

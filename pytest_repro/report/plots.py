@@ -85,16 +85,18 @@ class Drawing:
 Curve = Sequence[float | None]
 
 
-def divergence(curves: Mapping[str, Curve]) -> Drawing:
+def divergence(curves: Mapping[str, Curve], modes: Sequence[str]) -> Drawing:
     """Divergence curves: per cent of prompts whose outputs have parted, by position.
 
     Args:
         curves: numerics mode -> its per cent at each position from 0.
+        modes: all modes of the study: each has its own colour in every figure.
     """
     return _curves(
         "divergence",
         "Prompts whose outputs have diverged",
         curves,
+        modes,
         "position in the output, tokens",
         "diverged, % of prompts",
         [Tick(value, f"{value}") for value in (0, 25, 50, 75, 100)],
@@ -102,7 +104,7 @@ def divergence(curves: Mapping[str, Curve]) -> Drawing:
     )
 
 
-def spread(curves: Mapping[str, Curve]) -> Drawing | None:
+def spread(curves: Mapping[str, Curve], modes: Sequence[str]) -> Drawing | None:
     """Standard deviation of the top-1 token's probability, by position, on a logarithmic axis; None if nothing spread."""
     positive = [value for curve in curves.values() for value in curve if value]
     if not positive:
@@ -114,6 +116,7 @@ def spread(curves: Mapping[str, Curve]) -> Drawing | None:
         "spread",
         "Spread of the top-1 probability",
         curves,
+        modes,
         "position in the output, tokens",
         "std of probability",
         [Tick(float(power), f"1e{power}") for power in range(low, high + 1, stride)],
@@ -126,6 +129,7 @@ def _curves(
     name: str,
     title: str,
     curves: Mapping[str, Curve],
+    modes: Sequence[str],
     x_label: str,
     y_label: str,
     y_ticks: Sequence[Tick],
@@ -133,7 +137,7 @@ def _curves(
     logarithmic: bool,
     ends: tuple[float, float] = (0, 100),
 ) -> Drawing:
-    legend, top = _legend(list(curves))
+    legend, top = _legend(list(curves), modes)
     bottom = HEIGHT - BOTTOM
     longest = max((len(curve) for curve in curves.values()), default=1)
     last = max(longest - 1, 1)
@@ -162,8 +166,8 @@ def _curves(
         y_ticks=tuple(Tick(up(tick.at), tick.label) for tick in y_ticks),
         legend=legend,
         series=tuple(
-            Series(i, _path([(across(p), drawn(value)) for p, value in enumerate(curve)]))
-            for i, curve in enumerate(curves.values())
+            Series(modes.index(mode), _path([(across(p), drawn(value)) for p, value in enumerate(curve)]))
+            for mode, curve in curves.items()
         ),
     )
 
@@ -212,12 +216,12 @@ def accuracies(rows: Mapping[str, Sequence[float]]) -> Drawing | None:
     )
 
 
-def _legend(labels: Sequence[str]) -> tuple[tuple[Key, ...], float]:
+def _legend(labels: Sequence[str], modes: Sequence[str]) -> tuple[tuple[Key, ...], float]:
     """Entries, and where what is below them begins."""
     widest = max((44 + 8 * len(label) for label in labels), default=LEGEND_COLUMN)
     a_row = max(1, int((WIDTH - LEFT - RIGHT) // max(widest, 80)))
     keys = tuple(
-        Key(label, i, LEFT + max(widest, 80) * (i % a_row), 14 + LEGEND_ROW * (i // a_row))
+        Key(label, modes.index(label), LEFT + max(widest, 80) * (i % a_row), 14 + LEGEND_ROW * (i // a_row))
         for i, label in enumerate(labels)
     )
     return keys, 14 + LEGEND_ROW * math.ceil(len(labels) / a_row)

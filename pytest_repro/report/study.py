@@ -126,8 +126,9 @@ def _fixed(done: Study) -> Table:
 def _figures(done: Study) -> list[tuple[Drawing, str, Sequence[str], Sequence[Sequence[str]]]]:
     """Drawing, caption, and the same as a table."""
     several = [p for p in done.precisions if p.dispersion]
-    diverged = plots.divergence({p.numerics: p.diverged_by for p in several}) if several else None
-    spread = plots.spread({p.numerics: p.spread_at for p in several})
+    modes = [p.numerics for p in done.precisions]
+    diverged = plots.divergence({p.numerics: p.diverged_by for p in several}, modes) if several else None
+    spread = plots.spread({p.numerics: p.spread_at for p in several}, modes)
     accuracy = plots.accuracies({p.numerics: [a for _, a in p.accuracies] for p in done.precisions})
     found: list[tuple[Drawing, str, Sequence[str], Sequence[Sequence[str]]]] = []
     if diverged:
