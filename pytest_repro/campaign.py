@@ -256,6 +256,7 @@ class _Runner:
 
     def cells(self) -> Iterator[Cell]:
         """Every waiting cell, as it ends. Whatever ends this, no process is left."""
+        self._told(None)
         try:
             while self.waiting or self.running:
                 while self.waiting and self.slots:

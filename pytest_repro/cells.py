@@ -108,7 +108,7 @@ def encode(cell: Cell) -> bytes:
     """The file."""
     header = {
         "schema": SCHEMA, "setting": dict(cell.setting), "asked": dict(cell.asked), "status": cell.status, "error": cell.error,
-        "prompts": len(cell.rows), "seconds": round(cell.seconds, 3), "wall_seconds": round(cell.wall_seconds, 3), "jobs": cell.jobs,
+        "prompts": len(cell.rows), "seconds": round(cell.seconds, 6), "wall_seconds": round(cell.wall_seconds, 3), "jobs": cell.jobs,
         "memory": dict(cell.memory), "observed": cell.observed, "environment": dict(cell.environment),
     }  # fmt: skip
     lines = [header, *map(_line, cell.rows)]

@@ -106,7 +106,8 @@ class Steady:
     prompts: int
     bound: float
     """Per cent: more prompts than that move with a probability below 1 - `LEVEL`, if they were drawn from all."""
-    cost: Cost
+    cost: Cost | None
+    """None where nothing was generated."""
 
 
 @dataclass(frozen=True)
@@ -131,6 +132,8 @@ class Study:
     cautions: tuple[str, ...]
     engine: str = ""
     """Engine and torch, with their versions."""
+    command: str = ""
+    """What the user typed."""
     jobs: int = 1
     """Cells that ran at a time, which makes each slower."""
 
@@ -290,7 +293,7 @@ def _steady(cells: Sequence[Cell], axes: Mapping[str, Sequence[str]]) -> tuple[S
             if (steady := _held(dict(zip(("numerics", *names), values, strict=True)), cells))
         ]
         if found:
-            return tuple(sorted(found, key=lambda s: -s.cost.mean))
+            return tuple(sorted(found, key=lambda s: -(s.cost.mean if s.cost else 0.0)))
     return ()
 
 
@@ -298,11 +301,10 @@ def _held(setting: Setting, cells: Sequence[Cell]) -> Steady | None:
     mine = [cell for cell in cells if setting.items() <= cell.setting.items()]
     if len(mine) < 2 or any(cell.status != "done" for cell in mine):
         return None
-    cost = _cost(mine)
-    if cost is None or any(index is not None for index in divergence_indexes([cell.run for cell in mine])):
+    if any(index is not None for index in divergence_indexes([cell.run for cell in mine])):
         return None
     prompts = len(mine[0].rows)
-    return Steady(setting, len(mine), prompts, 100 * (1 - (1 - LEVEL) ** (1 / prompts)), cost)
+    return Steady(setting, len(mine), prompts, 100 * (1 - (1 - LEVEL) ** (1 / prompts)), _cost(mine))
 
 
 def _advice(steady: Sequence[Steady], cells: Sequence[Cell], axes: Mapping[str, Sequence[str]]) -> tuple[str, ...]:
@@ -345,8 +347,10 @@ def _advice(steady: Sequence[Steady], cells: Sequence[Cell], axes: Mapping[str, 
     return tuple(lines)
 
 
-def costs(cost: Cost) -> str:
-    """`37.1 tokens/s on average (15.2 to 84.9), 1.4 GiB resident at its peak`."""
+def costs(cost: Cost | None) -> str:
+    """`37.1 tokens/s on average (15.2 to 84.9), 1.40 GiB resident at most`."""
+    if cost is None:
+        return "no token was generated"
     memory = [f"{size / 2**30:.2f} GiB {kind} at most" for kind, size in cost.memory.items()]
     return ", ".join([f"{cost.mean:.1f} tokens/s on average ({cost.slowest:.1f} to {cost.fastest:.1f})", *memory])
 

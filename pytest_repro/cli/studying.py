@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from functools import wraps
 from pathlib import Path
+from shlex import join
 from typing import Annotated, Any
 
 import typer
@@ -100,7 +102,7 @@ def study(
     else:
         out = out or Path(f"{folder.resolve().name}.study")
         found = _run(plan, out, jobs, retry_failed)
-    done = studies.study(found)
+    done = replace(studies.study(found), command=join(["pytest-repro", *sys.argv[1:]]))
     files = report.write(out, done)
     if as_json:
         as_data(studies.as_data(done))

@@ -77,6 +77,8 @@ def markdown(done: Study) -> str:
         _table(effects(done)),
         "\n".join(f"* {_cell(line)}" for line in done.advice),
     ]
+    if done.command:
+        parts.insert(0, f"`{_cell(done.command).replace('`', '')}`")
     if done.failed:
         parts.append(_table((("cell without answers", "status", "in its own words"), done.failed)))
     return "\n\n".join(parts) + "\n"
