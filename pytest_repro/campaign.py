@@ -194,7 +194,7 @@ def run(plan: Plan, suite: Suite, out: Path, jobs: int, again: bool, show: Progr
     shared = plan.asked(suite)
     with held(out):
         done = {c.name: c for c in kept(out, plan, shared) if c.status == "done" or not again}
-        waiting = [s for s in grid.settings(plan.axes) if grid.name_of(s) not in done]
+        waiting: list[Setting] = [s for s in grid.settings(plan.axes) if grid.name_of(s) not in done]
         slots = _slots(plan, jobs, waiting)
         if waiting and any(needs_model(engine) for engine in plan.axes.get("engine", (suite.engine,))):
             models.resolve(suite.model, suite.folder, show.say)  # once, before many processes ask for it

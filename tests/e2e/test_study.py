@@ -153,6 +153,15 @@ def test_ctrl_c_keeps_what_is_done_and_leaves_no_process(project: Project) -> No
     assert not (project.root / "demo.study/report.html").exists(), "half a grid has no tables"
 
 
+def test_a_process_that_is_killed_is_a_failed_cell(project: Project) -> None:
+    process = begun(project, "--axis", "numerics=bf16")
+    until(lambda: bool(workers(project)))
+    for pid in workers(project):
+        os.kill(pid, signal.SIGKILL)
+    said = process.communicate(timeout=100)[0].decode()
+    assert process.returncode == 1 and "its process was ended by signal 9" in said, said
+
+
 def test_a_second_study_in_the_same_folder_is_refused(project: Project) -> None:
     process = begun(project, *GRID)
     try:
