@@ -36,7 +36,7 @@ Axes = Annotated[
     list[str] | None,
     typer.Option("--axis", metavar="NAME=VALUE,…", help=f"What varies: {', '.join(grid.AXES)}. Repeatable. Without numerics: the suite's modes."),
 ]  # fmt: skip
-Out = Annotated[Path | None, typer.Option("--out", help="The study's folder; what it holds is kept.  [default: SUITE's name.study]")]  # fmt: skip
+Out = Annotated[Path | None, typer.Option("--out", help="The study's folder; what it holds is kept. Without it: SUITE's name and .study, here.")]  # fmt: skip
 Jobs = Annotated[int, typer.Option("--jobs", min=1, help="Cells at a time. They slow each other down on one processor; GPUs are dealt out.")]  # fmt: skip
 RetryFailed = Annotated[bool, typer.Option("--retry-failed", help="Run cells without answers once more.")]
 Merge = Annotated[list[Path] | None, typer.Option("--merge", metavar="FOLDER", help="Run nothing: one report of the studies in these folders, a machine each. Repeatable.")]  # fmt: skip
