@@ -39,7 +39,7 @@ def tied(tmp_path_factory: pytest.TempPathFactory) -> Project:
     """A model whose tokens come in pairs that the last bit of a sum chooses between, over two batch sizes and instruction sets."""
     root = tmp_path_factory.mktemp("study")
     project = asked(root, near_ties(root / "model"))
-    done = project.cli("study", "golden/demo", "--axis", "batch_size=1,3", "--axis", "isa=default,avx2")
+    done = project.cli("study", "golden/demo", "--axis", "batch_size=1,3", "--axis", "isa=default,avx2", "--jobs", "2")
     assert done.rc == 0, done.text
     return project
 
