@@ -93,10 +93,10 @@ class Plan:
 
 @dataclass(frozen=True)
 class Moment:
-    """Where a study stands, each time that a cell ends, and before the first."""
+    """Where a study stands: at its beginning, every second, and each time that a cell ends."""
 
     cell: Cell | None
-    """The one that just ended; None before the first."""
+    """The one that just ended, if one did."""
     finished: int
     """Cells with a file, those of an earlier run included."""
     running: tuple[Setting, ...]
@@ -186,7 +186,7 @@ def run(plan: Plan, suite: Suite, out: Path, jobs: int, again: bool, show: Progr
         jobs: cells at a time.
         again: whether cells that failed are run once more.
         show: told while the model is fetched.
-        tell: told whenever a cell ends.
+        tell: told at the beginning, every second, and whenever a cell ends.
 
     Raises:
         ConfigError: the folder holds another study, another study runs in it, or the model cannot be had.
@@ -249,6 +249,8 @@ class _Runner:
     waiting: list[Setting]
     tell: Tell
     running: list[_Running] = field(default_factory=list)
+    told: float = 0.0
+    """When it was last told how things stand."""
 
     def __post_init__(self) -> None:
         self.total = len(self.finished) + len(self.waiting)
@@ -261,6 +263,7 @@ class _Runner:
             while self.waiting or self.running:
                 while self.waiting and self.slots:
                     self._start(self.waiting.pop(0), self.slots.pop(0))
+                if monotonic() - self.told > 1:
                     self._told(None)
                 sleep(0.05)
                 for one in [r for r in self.running if r.process.poll() is not None]:
@@ -308,6 +311,7 @@ class _Runner:
         return self.out / CELLS / f"{name}.jsonl"
 
     def _told(self, cell: Cell | None) -> None:
+        self.told = monotonic()
         left = grid.seconds_left(
             [(c.setting, c.wall_seconds) for c in self.finished],
             [(r.setting, monotonic() - r.started) for r in self.running],
