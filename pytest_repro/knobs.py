@@ -102,18 +102,21 @@ def _thread_count(value: Value) -> Mapping[str, str]:
     return {"OMP_NUM_THREADS": str(value)} if isinstance(value, int) and 1 <= value <= 1024 else {}
 
 
-def _instructions(value: Value) -> Mapping[str, str]:
-    """torch names what it runs on; oneDNN and MKL choose for themselves, and are held to the same."""
+def instructions(value: Value) -> Mapping[str, str]:
+    """Variables that hold a process to an instruction set, by torch's name for it; none for a name that is not known.
+
+    oneDNN and MKL choose for themselves, and are held to the same.
+    """
     named = {
         "DEFAULT": ("default", "SSE41", "SSE4_2"),
         "AVX2": ("avx2", "AVX2", "AVX2"),
         "AVX512": ("avx512", "AVX512_CORE", "AVX512"),
     }
-    return dict(zip(_INSTRUCTIONS, named.get(str(value), ()), strict=False))
+    return dict(zip(INSTRUCTIONS, named.get(str(value), ()), strict=False))
 
 
 _PRECISION = ("compute_class", "fp32_precision.*")
-_INSTRUCTIONS = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS")
+INSTRUCTIONS = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS")
 
 KNOBS: tuple[Knob, ...] = (
     # Likeliest culprit first, as in `fingerprint.SUSPECTS`: it is the order of the trials.
@@ -135,7 +138,7 @@ KNOBS: tuple[Knob, ...] = (
     _vllm("eager execution", "engine.enforce_eager", "enforce_eager", _SWITCH),
     _vllm("block size", "engine.block_size", "block_size", _COUNT),
     _vllm("asynchronous scheduling", "engine.async_scheduling", "async_scheduling", _SWITCH),
-    Knob("instruction set", ("cpu_capability",), variables=_INSTRUCTIONS, imitated=_instructions),
+    Knob("instruction set", ("cpu_capability",), variables=INSTRUCTIONS, imitated=instructions),
     Knob("threads", ("threads",), variables=("OMP_NUM_THREADS", "MKL_NUM_THREADS"), imitated=_thread_count),
     _variable("NVIDIA_TF32_OVERRIDE", *_PRECISION),
     _variable("TORCH_ALLOW_TF32_CUBLAS_OVERRIDE", *_PRECISION),

@@ -9,7 +9,10 @@ from __future__ import annotations
 import hashlib
 import os
 import platform
+import re
+import sys
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from datetime import UTC, datetime
 from importlib import metadata
 from itertools import takewhile
@@ -108,6 +111,22 @@ def machine() -> Fingerprint:
     }
     facts |= {f"env.{name}": os.environ[name] for name in ENVIRONMENT if name in os.environ}
     return {**facts, **nvidia()}
+
+
+def peak_memory() -> dict[str, int]:
+    """Most memory that this process has held since it began, bytes, by kind; a kind that cannot be told is left out.
+
+    `resident`: Linux's VmHWM (its `ru_maxrss` would count the parent's memory in). `cuda`: what torch allocated on GPUs.
+    """
+    found: dict[str, int] = {}
+    with suppress(OSError):
+        status = Path("/proc/self/status").read_text("ascii", "replace")
+        if peak := re.search(r"^VmHWM:\s+(\d+) kB", status, re.MULTILINE):
+            found["resident"] = int(peak[1]) * 1024
+    torch: Any = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_initialized():
+        found["cuda"] = sum(torch.cuda.max_memory_allocated(i) for i in range(torch.cuda.device_count()))
+    return found
 
 
 def nvidia() -> dict[str, Value]:

@@ -37,10 +37,14 @@ LAYERS = [
         "provenance",
         "wording",
         "starter",
+        "dispersion",
+        "grid",
+        "cells",
+        "study",
     },
     {"store", "artifact", "history", "probe", "precision", "models", "engines", "numerics"},
     {"report"},
-    {"gate", "review", "verification", "trials", "descent"},
+    {"gate", "review", "verification", "trials", "descent", "decoding", "campaign"},
     {"plugin", "cli", "session", "fixture", "testing"},
 ]
 LAYERCAST = {
@@ -59,6 +63,7 @@ CLI = {
     "cli.verifying",
     "cli.bisecting",
     "cli.calibrating",
+    "cli.studying",
     "cli.starting",
     "cli.law",
     "cli.ladders",
@@ -97,7 +102,7 @@ HEAVY = {
     "typer": CLI,
     "rich": CLI,
     "jinja2": {"report.html", "report.curves"},
-    "markupsafe": {"report.html"},
+    "markupsafe": {"report.html", "report.study"},
     "git": {"probe", "history"},
     "pynvml": {"probe"},
 }

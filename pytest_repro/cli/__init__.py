@@ -1,8 +1,8 @@
 """The `pytest-repro` shell, a module for each group of commands. Needs neither torch nor an engine.
 
 Exit codes: 0 done; 1 something is pending (`pending`), differs (`diff`) or fails (`merge --report`, `verify`), a check left
-no report (`report --to github`), no cause was found (`bisect`), or a machine moves too much (`calibrate`); 2 bad usage or input;
-130 interrupted.
+no report (`report --to github`), no cause was found (`bisect`), a machine moves too much (`calibrate`), or no cell has
+answers (`study`); 2 bad usage or input; 4 bad configuration (`study`); 130 interrupted.
 """
 
 from . import (  # noqa: F401, I001  (importing them registers their commands, in the order of --help)
@@ -11,6 +11,7 @@ from . import (  # noqa: F401, I001  (importing them registers their commands, i
     verifying,
     bisecting,
     calibrating,
+    studying,
     starting,
     surfaces,
     shards,

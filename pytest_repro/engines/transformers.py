@@ -9,6 +9,7 @@ never seen), batched by length; logits of prompt positions are not computed.
 
 from __future__ import annotations
 
+import copy
 import gc
 import inspect
 import re
@@ -238,6 +239,21 @@ class TransformersEngine:
             self._output(request, new, {name: column[row] for name, column in columns.items()})
             for row, (request, new) in enumerate(zip(batch, sequences[:, width:].tolist(), strict=True))
         ]
+
+    @contextmanager
+    def sampling(self, temperature: float, top_p: float, seed: int) -> Iterator[None]:
+        """`generate` samples within, from the whole vocabulary's nucleus; greedy again afterwards, and torch's state restored."""
+        greedy = self.model.generation_config
+        drawn = copy.deepcopy(greedy)
+        drawn.update(do_sample=True, temperature=temperature, top_p=top_p, top_k=0)
+        devices = [self.device] if self.device.type == "cuda" else []
+        self.model.generation_config = drawn
+        try:
+            with torch.random.fork_rng(devices):
+                torch.manual_seed(seed)
+                yield
+        finally:
+            self.model.generation_config = greedy
 
     def _output(self, request: Request, new: list[int], columns: dict[str, Any]) -> Output:
         stop = next((i for i, token in enumerate(new) if token in self.eos), None)

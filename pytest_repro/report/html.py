@@ -58,10 +58,10 @@ def render(document: Mapping[str, Any]) -> str:
     Args:
         document: as `--repro-report-json` writes it (`schemas/report.schema.json`).
     """
-    style, script = (_asset(name) for name in ("report.css", "report.js"))
+    style, script = (asset(name) for name in ("report.css", "report.js"))
     failing_first = sorted(document["suites"], key=lambda suite: suite["verdict"] != "fail")
     return (
-        _environment()
+        environment()
         .get_template("report.html")
         .render(
             report=document,
@@ -69,14 +69,15 @@ def render(document: Mapping[str, Any]) -> str:
             failed=sum(suite["verdict"] == "fail" for suite in failing_first),
             style=Markup(style),
             script=Markup(script),
-            policy=_policy(style, script),
+            policy=policy(style, script),
             signs=SIGNS,
         )
     )
 
 
 @functools.cache
-def _environment() -> Environment:
+def environment() -> Environment:
+    """Of the templates in page/: all that they print is made inert and escaped."""
     environment = Environment(
         loader=PackageLoader("pytest_repro.report", "page"),
         autoescape=True,
@@ -98,11 +99,12 @@ def _environment() -> Environment:
     return environment
 
 
-def _asset(name: str) -> str:
+def asset(name: str) -> str:
+    """A file of page/."""
     return (Path(__file__).parent / "page" / name).read_text("utf-8")
 
 
-def _policy(style: str, script: str) -> str:
+def policy(style: str, script: str) -> str:
     """The page runs its own script and wears its own style, known by their digests, and may do nothing else."""
     digests = [base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in (style, script)]
     return (
