@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
+
+# Before torch is loaded: threads that wait must not spin, since the workers of `-n 2` share the cores.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# A pytest that a test starts is no worker of this one.
+for _name in ("PYTEST_XDIST_WORKER", "PYTEST_XDIST_WORKER_COUNT", "PYTEST_XDIST_TESTRUNUID"):
+    os.environ.pop(_name, None)
 
 pytest_plugins = ["pytester"]
 
