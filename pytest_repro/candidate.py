@@ -42,6 +42,8 @@ def with_notes(golden: Golden, previous: Golden | None, said: Mapping[str, float
             envelope_deficit=previous.noise.max_deficit,
             level=previous.noise.level(old[name]),
             ratio=noise.bulk_ratio(previous.compute_class),
+            passed_over=row.passed_over,
+            unmoved=row.unmoved,
             other_bits=row.moved if previous.compute_class == noise.EXACT else None,
         )
         found = judge(evidence, "none", False)

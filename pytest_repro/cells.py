@@ -149,6 +149,10 @@ def decode(data: bytes, where: str) -> Cell:
     if not lines or len(lines) - 1 != lines[0]["prompts"]:
         raise ConfigError("lines are missing", where=where, fix=mend)
     head, *rows = lines
+    if head["status"] == "done" and not rows:
+        raise ConfigError("a cell that is done has prompts", where=where, fix=mend)
+    if len({len(row.get("samples", ())) for row in rows}) > 1:
+        raise ConfigError("prompts were sampled unequally often", where=where, fix=mend)
     for number, row in enumerate(rows, 2):
         if len(row["tokens"]) != len(row["logprob"]):
             raise ConfigError("tokens and logprob differ in length", where=f"{where}:{number}", fix=mend)

@@ -104,7 +104,9 @@ def _rounding(result: SuiteResult, tests: Mapping[str, RoundingTest]) -> Check:
     limit += "" if test.can_fail(alpha) else "; too few prompts to show more"
     limit += _whose(result, test, alpha)
     if not test.fails(alpha):
-        return Check("rounding", "pass", f"{seen}, which is rounding: {limit}")
+        can_tell = test.ratio <= test.margin or test.can_fail(alpha)
+        found = "which is rounding" if can_tell else "which so few prompts cannot tell from rounding"
+        return Check("rounding", "pass", f"{seen}, {found}: {limit}")
     if (result.observed or {}).get("compute_class") == "fp32" and result.thresholds.fp32_waiver == "all":
         return Check("rounding", "skip", f"waived by fp32_waiver = all: {seen}, {limit}")
     return Check("rounding", "fail", f"{seen}, more than rounding moves them: {limit}")

@@ -74,7 +74,7 @@ class Comparison:
     passed_over: Floats
     """How much likelier than the token chosen at the divergence another one was, nats; 0 where the choice was greedy."""
     unmoved: NDArray[np.bool_]
-    """Another token was chosen, of just the log-probability recorded for the golden's, and nothing moved up to there: to the bit."""
+    """Another token was chosen where two were tied in the recording and are now, and nothing moved up to there: to the bit."""
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -153,8 +153,8 @@ def compare_decode(golden: Generation, now: Generation) -> Comparison:
     here = now.offsets[:-1] + np.where(inside, first, 0)
     deficit = _deficit_at(golden, now, then, here)
     gap = _take(now.gap, here, np.nan).astype(np.float64)
-    tied = _take(now.logprob, here, np.nan) == _take(golden.logprob, then, np.nan)
-    changed = np.bincount(owner[seen & (dlogp != 0)], minlength=len(rows)) > 0
+    tied = (gap == 0) & (_take(golden.gap, then, np.nan) == 0)
+    changed = np.bincount(owner[seen & ((dlogp != 0) | (dgap > 0))], minlength=len(rows)) > 0
     return Comparison(
         ids=now.ids,
         divergence_index=first,

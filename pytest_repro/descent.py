@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock, Timeout
 
 from . import gate, judging, ladder, schemas
 from .accuracy import paired_test
@@ -69,7 +72,14 @@ def descend(
         ReproError: no golden, one of another model, rungs of another ladder in `out`, or the engine failed.
     """
     golden = fp32_golden(suite)
-    kept = _kept(out / FILE, suite, golden, plan)
+    with _held_alone(out):
+        return _descended(suite, golden, plan, out, show, done)
+
+
+def _descended(
+    suite: Suite, golden: Golden, plan: Plan, out: Path, show: gate.Progress, done: Callable[[Rung], None]
+) -> list[Rung]:
+    kept = _kept(out / FILE, suite, golden)
     held = {rung.mode: rung for rung in kept.rungs if rung.accuracy is not None or not _decodes(suite, plan, rung.mode)}
     try:
         if any(emulation.name not in held for emulation in plan.rungs):
@@ -81,6 +91,7 @@ def descend(
                         held[emulation.name] = _walked(engine, suite, golden, requests, emulation, plan, label, show)
                         kept = replace(kept, rungs=tuple(held.values()))
                         atomic_write(out / FILE, _encoded(kept))
+                        show.close()
                     done(held[emulation.name])
         else:
             for emulation in plan.rungs:
@@ -88,6 +99,25 @@ def descend(
     finally:
         show.close()
     return [held[emulation.name] for emulation in plan.rungs]
+
+
+@contextmanager
+def _held_alone(out: Path) -> Iterator[None]:
+    """The folder, made if need be, for one walk at a time: each writes the whole file.
+
+    Raises:
+        ConfigError: it cannot be a folder, or another walk is under way.
+    """
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with FileLock(out / ".lock", timeout=0):
+            yield
+    except Timeout:
+        raise ConfigError(
+            "another ladder is being walked there", where=out, fix="wait for it, or another --out"
+        ) from None
+    except (FileExistsError, NotADirectoryError, PermissionError) as exc:
+        raise ConfigError(f"no folder to write to: {exc.strerror}", where=out, fix="another --out") from None
 
 
 def fp32_golden(suite: Suite) -> Golden:
@@ -203,7 +233,7 @@ def _settings(suite: Suite) -> str:
     return digest([SCHEMA, prompts, suite.scorer_spelt, suite.max_new_tokens, suite.batch_size, suite.engine_options])
 
 
-def _kept(file: Path, suite: Suite, golden: Golden, plan: Plan) -> Descent:
+def _kept(file: Path, suite: Suite, golden: Golden) -> Descent:
     """The descent that a file holds; a new one without it.
 
     Raises:
@@ -212,11 +242,8 @@ def _kept(file: Path, suite: Suite, golden: Golden, plan: Plan) -> Descent:
     fresh = Descent(suite.name, golden.digest, _settings(suite))
     if not file.exists():
         return fresh
-    try:
-        head, *lines = [schemas.parse(line) for line in file.read_text("utf-8").splitlines() if line.strip()]
-        kept = Descent(head["suite"], head["golden"], head["settings"], tuple(map(Rung.from_json, lines)))
-    except (OSError, ValueError, TypeError, KeyError, RecursionError) as exc:
-        raise ConfigError(f"not the file of a ladder: {exc}", where=file, fix="another folder for --out") from None
+    head, *lines = _lines(file)
+    kept = Descent(head["suite"], head["golden"], head["settings"], tuple(map(Rung.from_json, lines)))
     if replace(kept, rungs=()) != fresh:
         raise ConfigError(
             "it holds another ladder: of another suite, golden, batch size or other options",
@@ -224,6 +251,21 @@ def _kept(file: Path, suite: Suite, golden: Golden, plan: Plan) -> Descent:
             fix="remove it, or another folder for --out",
         )
     return kept
+
+
+def _lines(file: Path) -> list[dict[str, Any]]:
+    """The header and the rungs of a ladder's file, as the schema wants them: it may be data from a pull request."""
+    found: list[dict[str, Any]] = []
+    for number, line in enumerate(file.read_text("utf-8", errors="replace").splitlines() or [""], 1):
+        mend = f"remove line {number} of it, and that rung is walked again" if found else f"rm {typed(file)}"
+        try:
+            found.append(schemas.parse(line))
+        except (ValueError, RecursionError):
+            raise ConfigError("not JSON", where=f"{file}:{number}", fix=mend) from None
+        if error := schemas.first_error(found[-1], "ladder", "rung" if number > 1 else "header"):
+            name = ".".join(map(str, error.absolute_path)) or "the line"
+            raise ConfigError(f"{schemas.describe(error)} ({name})", where=f"{file}:{number}", fix=mend)
+    return found
 
 
 def _encoded(descent: Descent) -> bytes:

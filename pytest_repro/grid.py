@@ -22,6 +22,7 @@ ENGINES = ("transformers", "vllm", "scripted")
 """Engines that run the model in a process of the study's own: a server's environment is not the study's to set."""
 _COUNT = re.compile(r"[1-9][0-9]{0,6}")
 _WORD = re.compile(r"[A-Za-z0-9_]{1,64}")
+_MODE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]{0,63}")
 _ISA = {"default": "DEFAULT", "avx2": "AVX2", "avx512": "AVX512"}
 
 
@@ -57,7 +58,7 @@ def _instructions(value: str) -> Mapping[str, str]:
 AXES: dict[str, Axis] = {
     axis.name: axis
     for axis in (
-        Axis("numerics", _WORD, "a numerics mode: bf16, fp32, layercast …", "numerics",
+        Axis("numerics", _MODE, "a numerics mode: bf16, fp32, layercast …", "numerics",
              moves=("compute_class", "dtype", "quantization", "kv_cache_dtype", "engine.product", "engine.round_weights",
                     "fp32_precision.cuda", "fp32_precision.cudnn", "fp32_precision.mkldnn", "autocast",
                     "reduced_precision.bf16", "reduced_precision.fp16")),
@@ -139,7 +140,7 @@ def axes_of(found: Iterable[Setting]) -> dict[str, tuple[str, ...]]:
 
 
 def name_of(setting: Setting) -> str:
-    """`numerics=bf16,batch_size=4,threads=1`: a file's name, since no value holds anything but letters, digits and `_`."""
+    """`numerics=bf16,batch_size=4,threads=1`: a file's name, since no value holds anything but letters, digits, `_` and `-`."""
     return ",".join(f"{name}={setting[name]}" for name in ORDER if name in setting)
 
 

@@ -26,6 +26,7 @@ OPTIONS = {
 """Options of a check -> those of `pytest-repro bisect` that stand for them."""
 
 _WORD = re.compile(r"[A-Za-z0-9_]{1,64}")
+_MODE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]{0,63}")
 _COUNT = re.compile(r"[1-9][0-9]{0,6}")
 _SWITCH = re.compile(r"true|false")
 _LOCAL_ENGINE = re.compile(r"transformers|vllm|scripted")
@@ -120,7 +121,7 @@ INSTRUCTIONS = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUC
 
 KNOBS: tuple[Knob, ...] = (
     # Likeliest culprit first, as in `fingerprint.SUSPECTS`: it is the order of the trials.
-    Knob("numerics", ("numerics", "compute_class"), option="--repro-numerics",
+    Knob("numerics", ("numerics", "compute_class"), option="--repro-numerics", values=_MODE,
          brings=("dtype", "quantization", "kv_cache_dtype", "autocast", "fp32_precision.*", "reduced_precision.*",
                  "engine.product", "engine.round_weights", "attention")),
     Knob("batch size", ("batch_size",), option="--repro-batch-size", values=_COUNT),

@@ -37,12 +37,12 @@ def bulk_ratio(compute_class: str) -> float:
     return BULK_RATIO.get(kind(compute_class), BULK_RATIO_16_BIT)
 
 
-_WEIGHTS_ALONE = re.compile(r"e\d+m\d+-weights(-(tensor|channel|unscaled|block\d+))?")
+_AS_FP32 = re.compile(r"e\d+m\d+-weights(-(tensor|channel|unscaled|block\d+))?|e8m23(-.*)?")
 
 
 def kind(compute_class: str) -> str:
-    """The class whose noise a class has: with only its weights rounded to a format, a model computes as in FP32."""
-    return "fp32" if _WEIGHTS_ALONE.fullmatch(compute_class) else compute_class
+    """The class whose noise a class has: with only its weights rounded, or all of it to float32, a model computes as in FP32."""
+    return "fp32" if _AS_FP32.fullmatch(compute_class) else compute_class
 
 
 @dataclass(frozen=True)

@@ -174,6 +174,7 @@ def _line(rung: Rung) -> str:
 
 
 def _markdown(rungs: Sequence[Rung]) -> str:
+    """Of what the schema let through, or this run made: no cell can act."""
     rows = [COLUMNS, tuple("---" for _ in COLUMNS), *(tuple(_cells(r)) for r in rungs)]
     return "".join("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |\n" for row in rows)
 

@@ -158,7 +158,7 @@ def needs_model(name: str) -> bool:
 
 
 def check_mode(name: str, mode: Mode, where: str) -> None:
-    """Refuse a format to an engine that does not emulate any: it would compute in FP32 under another name.
+    """Refuse a mode to an engine that has no such compute: a format where none is emulated, exact where nothing sums so.
 
     Raises:
         ConfigError: with the mode.
@@ -168,6 +168,12 @@ def check_mode(name: str, mode: Mode, where: str) -> None:
             f"the engine {name} emulates no floating-point formats, and {mode.name} is one",
             where=where,
             fix="the engine transformers (--repro-engine, or --engine of a command)",
+        )
+    if mode.name == "exact" and not (name in REGISTRY and REGISTRY[name].emulates):
+        raise ConfigError(
+            f"the engine {name} has no exact compute",
+            where=where,
+            fix="--repro-engine transformers, or --repro-numerics fp32",
         )
 
 

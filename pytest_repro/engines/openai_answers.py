@@ -45,9 +45,7 @@ def output(request: Request, steps: Steps, max_new_tokens: int) -> Output:
     _check_whole(len(steps.tokens), steps.reason, steps.counted, max_new_tokens)
     own = [row.get(token, math.nan) for token, row in zip(steps.tokens, steps.rows, strict=True)]
     second = [_runner_up(token, row) for token, row in zip(steps.tokens, steps.rows, strict=True)]
-    gaps = [
-        chosen if math.isnan(chosen) else max(0.0, chosen - best) for chosen, (_, best) in zip(own, second, strict=True)
-    ]
+    gaps = [chosen - best for chosen, (_, best) in zip(own, second, strict=True)]
     return Output(
         id=request.id,
         tokens=np.asarray(steps.tokens, np.int32),

@@ -20,7 +20,7 @@ def output(request: Request, answer: Any, tokenizer: Any) -> Output:
     """
     tokens = np.asarray(answer.token_ids, np.int32)
     rows = [_best(answer.logprobs, i) for i in range(len(tokens))]
-    chosen = np.array([row.get(int(token), np.nan) for row, token in zip(rows, tokens, strict=True)], np.float32)
+    chosen = np.array([row.get(int(token), np.nan) for row, token in zip(rows, tokens, strict=True)], np.float64)
     rivals = [_runner_up(row, int(token)) for row, token in zip(rows, tokens, strict=True)]
     bad = np.flatnonzero(np.isnan(chosen))
     return Output(
@@ -28,8 +28,8 @@ def output(request: Request, answer: Any, tokenizer: Any) -> Output:
         tokens=tokens,
         text=str(tokenizer.decode(tokens.tolist(), skip_special_tokens=True)),
         finish_reason="stop" if answer.finish_reason == "stop" else "length",
-        logprob=chosen,
-        gap=np.array([max(c - lp, 0.0) for c, (_, lp) in zip(chosen, rivals, strict=True)], np.float32),
+        logprob=chosen.astype(np.float32),
+        gap=np.array([c - lp for c, (_, lp) in zip(chosen, rivals, strict=True)], np.float32),
         runner_up=np.array([token for token, _ in rivals], np.int32),
         reference_logprob=_watched(request, rows),
         error=_broken(answer.finish_reason, bad),

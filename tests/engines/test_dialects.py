@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from pytest_repro.engines.dialects import NAMES, llama_cpp
-from pytest_repro.engines.openai_answers import Malformed
+from pytest_repro.engines.openai_answers import Malformed, Steps, output
 from pytest_repro.engines.openai_http import OpenAIEngine
 from pytest_repro.errors import ConfigError, EngineError
 from pytest_repro.generation import Request
@@ -379,6 +379,12 @@ def test_a_broken_replay_is_that_prompts_error(name: str) -> None:
         assert not errors(engine.replay(asked))
         fake.state.spoil = for_prompt("c", BROKEN_REPLAYS[name], "/generate")
         assert set(errors(engine.replay(asked))) == {"c"}
+
+
+def test_a_likelier_token_that_a_server_passed_over_shows_in_the_gap() -> None:
+    sampled = Steps([5, 6], [{5: -0.25, 7: -1.5}, {6: -1.0, 7: -0.5}], "ab", "length")
+    found = output(Request("p", np.array([1], np.int32), "p"), sampled, 2)
+    assert found.gap.tolist() == [1.25, -0.5] and found.runner_up.tolist() == [7, 7]
 
 
 @BOTH

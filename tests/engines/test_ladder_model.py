@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock
 from typer.testing import CliRunner
 
 from pytest_repro import descent, gate, ladder, store, suite
@@ -151,6 +152,20 @@ def test_logits_that_do_not_fit_are_computed_anew_to_the_same_numbers(
         assert (rung.mean_kl, rung.mean_abs_dlogp, rung.indices) == (kept.mean_kl, kept.mean_abs_dlogp, kept.indices)
 
 
+def test_two_walks_do_not_share_a_folder(tiny: suite.Suite, tmp_path: Path) -> None:
+    with FileLock(tmp_path / ".lock"), pytest.raises(ConfigError, match="another ladder is being walked there"):
+        descent.descend(tiny, plan("e4m3"), tmp_path, gate.Silent())
+
+
+def test_a_place_that_is_no_folder_is_told_before_anything_is_loaded(
+    tiny: suite.Suite, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(gate, "live", None)
+    with pytest.raises(ConfigError, match="no folder to write to"):
+        descent.descend(tiny, plan("e4m3"), tmp_path / "file", gate.Silent())
+
+
 # --- the command ----------------------------------------------------------------------------------------------------
 
 
@@ -249,16 +264,23 @@ def test_an_engine_that_emulates_nothing_is_refused(tiny: suite.Suite, tmp_path:
         descent.descend(scripted, plan("e4m3"), tmp_path / "out", gate.Silent())
 
 
+HEADER = '{"schema": 1, "kind": "ladder", "suite": "tiny", "golden": "x", "settings": "y"}\n'
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("not JSON\n", "not the file of a ladder"),
-        ('{"suite": "tiny"}\n', "not the file of a ladder"),
-        ('{"suite": "tiny", "golden": "x", "settings": "y"}\n', "it holds another ladder"),
+        ("", "jsonl:1: not JSON"),
+        ("not JSON\n", "jsonl:1: not JSON"),
+        ('{"suite": "tiny"}\n', "jsonl:1: 'golden' is a required property"),
+        (HEADER, "it holds another ladder"),
+        (HEADER + '{"mode": ', "jsonl:2: not JSON"),
+        (HEADER + '{"mode": "e4m3"}\n', "jsonl:2: 'accuracy' is a required property"),
+        (HEADER + '{"known_as": "\\u001b[2J"}\n', "jsonl:2: "),
     ],
 )
 def test_rungs_of_another_ladder_are_not_mixed_in(tiny: suite.Suite, tmp_path: Path, text: str, said: str) -> None:
     (tmp_path / descent.FILE).write_text(text)
     with pytest.raises(ConfigError, match=said) as refused:
         descent.descend(tiny, plan("e4m3"), tmp_path, gate.Silent())
-    assert "--out" in refused.value.fix and (tmp_path / descent.FILE).read_text() == text
+    assert refused.value.fix and (tmp_path / descent.FILE).read_text() == text

@@ -19,7 +19,7 @@ from transformers import GemmaConfig, GemmaForCausalLM
 
 from pytest_repro.engines.base import Engine, Spec, opener
 from pytest_repro.engines.vllm import VllmEngine, _check_version, worst
-from pytest_repro.engines.vllm_answers import scored
+from pytest_repro.engines.vllm_answers import output, scored
 from pytest_repro.engines.vllm_process import all_of_few_cores, cause
 from pytest_repro.engines.vllm_worker import Observer, _Watch
 from pytest_repro.errors import ConfigError, EngineError
@@ -310,6 +310,14 @@ def test_scores_from_prompt_logprobs() -> None:
     np.testing.assert_allclose(scores.deficit, [0, 0.25, 0])
     assert scores.top.tolist() == [5, 9, 7], "among equals the golden's own"
     np.testing.assert_allclose(scores.gap, [1.0, -0.25, np.nan])
+
+
+def test_a_likelier_token_that_was_passed_over_shows_in_the_gap() -> None:
+    answer = SimpleNamespace(
+        token_ids=[5, 6], logprobs=Flat({5: -0.25, 7: -1.5}, {6: -1.0, 7: -0.5}), finish_reason="length"
+    )
+    found = output(Request("p", np.array([1], np.int32), "p"), answer, SimpleNamespace(decode=lambda *_, **__: "ab"))
+    assert found.gap.tolist() == [1.25, -0.5] and found.runner_up.tolist() == [7, 7]
 
 
 # --- LayerCast as a quantisation of vLLM ----------------------------------------------------------------------------

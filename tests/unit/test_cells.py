@@ -62,6 +62,12 @@ def damaged(change: Any) -> bytes:
         ),
         (damaged(lambda lines: lines[1].update(tokens=[2**40])), "x.jsonl:2"),
         (damaged(lambda lines: lines[1]["tokens"].pop()), "tokens and logprob differ in length"),
+        (damaged(lambda lines: lines[0]["asked"].update(max_new_tokens="many")), "(asked.max_new_tokens)"),
+        (damaged(lambda lines: (lines[0].update(prompts=0), lines.__delitem__(slice(1, None)))), "has prompts"),
+        (
+            damaged(lambda x: (x[0].update(prompts=2), x.append({k: v for k, v in x[1].items() if k != "samples"}))),
+            "unequally often",
+        ),
         (damaged(lambda lines: lines[1].update(logprob=[float("nan")] * 3)), "x.jsonl:2"),
     ],
 )

@@ -114,6 +114,13 @@ def test_a_choice_that_rounding_did_not_make(now: Any, passed_over: float, unmov
     assert (found.row(0).passed_over, found.row(0).unmoved) == (passed_over, unmoved)
 
 
+def test_a_runner_up_that_rose_into_a_tie_is_rounding() -> None:
+    """Where probabilities are nearly uniform, a logit can move by a 16-bit step and no log-probability with it."""
+    recorded = generation(output("p", [1, 2], gap=[1.0, 0.002]))
+    found = compare_decode(recorded, generation(output("p", [1, 9], gap=[1.0, 0.0], watched=[-0.5, -0.5])))
+    assert found.deficit.tolist() == [0.0] and not found.unmoved.any()
+
+
 def test_decode_numbers_count_up_to_and_including_the_first_divergence() -> None:
     golden = generation(output("p", [1, 2, 3, 4], logprob=[-0.5, -0.5, -0.5, -0.5]))
     now = output("p", [1, 2, 9, 4], logprob=[-0.25, -0.5, -0.125, -8.0], watched=[-0.25, -0.5, -1.0, -16.0])

@@ -44,6 +44,7 @@ def test_axes_come_in_the_table_s_order_whatever_they_were_named_in() -> None:
         (["engine=os:system"], "is no value"),
         (["attention=../kernel"], "is no value"),
         (["numerics=bf16/../.."], "is no value"),
+        (["numerics=-bf16"], "is no value"),
         (["batch_size=4,8,4"], "4 stands twice"),
         (["batch_size=4", "batch_size=8"], "this axis is named twice"),
         (["machine=here"], "unknown axis"),

@@ -91,6 +91,7 @@ def test_fp32_noise_may_grow_more_than_16_bit_noise_and_exact_noise_not_at_all()
 
 def test_with_its_weights_alone_rounded_a_model_has_fp32s_noise() -> None:
     assert {bulk_ratio(f"e4m3-weights{scale}") for scale in ("", "-tensor", "-block32", "-unscaled")} == {10.0}
+    assert bulk_ratio("e8m23") == bulk_ratio("e8m23-kv-channel") == 10.0, "rounding to float32 changes nothing"
     assert {bulk_ratio(name) for name in ("e4m3", "e4m3-activations", "e4m3-weights-kv", "e4m3-kv-tensor")} == {2.0}
 
 

@@ -199,6 +199,10 @@ BAD_TOML = {
     "unknown-threshold": ("[thresholds]\nalpha = 0.1\nmax = 1\n", ":7 [thresholds.max]", "unknown key 'max'"),
     "unknown-class-threshold": ("[thresholds.bf16]\nmax = 1\n", ":6 [thresholds.bf16.max]", "unknown key 'max'"),
     "unknown-class": ("[thresholds.int8]\n", ":5 [thresholds.int8]", "unknown key 'int8'"),
+    "format-spelt-otherwise": ("[thresholds.e4m3-channel]\n", ":5 [thresholds.e4m3-channel]", "unknown key 'e4m3-channel'"),
+    "format-of-all-three": (
+        "[thresholds.e8m7-weights-activations-kv]\n", ":5 [thresholds.e8m7-weights-activations-kv]", "unknown key"
+    ),
     "zero-tokens": ("[generation]\nmax_new_tokens = 0\n", ":6 [generation.max_new_tokens]", "0 is not allowed here"),
     "zero-batch": ("[generation]\nbatch_size = 0\n", ":6 [generation.batch_size]", "0 is not allowed here"),
     "float-batch": ("[generation]\nbatch_size = 8.0\n", ":6 [generation.batch_size]", "8.0 is not"),
