@@ -3,7 +3,8 @@
     python benchmarks/exact_hashes.py [--prompts 16] [--tokens 8] [--isa default,avx2,avx512]
 
 Each mode runs with every instruction set that this CPU has and with one and two threads, each in a process of its own;
-each process asks at batch sizes 1, 4 and 16, left-padded, in the file's order and turned round, and once token by token.
+each process asks at batch sizes 1, 4 and 16, left-padded, in the file's order and turned round, and once token by token; in
+exact compute once more by torch alone, without its C++.
 What is hashed are the logits of every position of the prompt and of the golden's first tokens, float32, prompt by prompt
 in the file's order.
 
@@ -99,10 +100,16 @@ def opened(mode: str) -> Any:
 
 
 def run_cell(mode: str, args: argparse.Namespace) -> None:
+    from pytest_repro.numerics import exact
+
     with opened(mode) as engine:
         rows = sequences(engine, args.prompts, args.tokens)
         for way, digest in ways(engine, rows):
             print(json.dumps([way, digest]), flush=True)
+        if mode == "exact":
+            with exact.unfused():
+                found = [logits for i in range(0, len(rows), 4) for logits in padded(engine, rows[i : i + 4])]
+            print(json.dumps(["torch alone, batch 4", hashed(found)]))
 
 
 def errors(args: argparse.Namespace) -> dict[str, Any]:

@@ -471,7 +471,7 @@ def _localise(engine: Engine, suite: Suite, golden: Golden, result: SuiteResult,
         return result
     tick = show.phase("where in the model", 0)
     try:
-        now = next(engine.sketches(_watching([_request(engine, p) for p in wanted], golden), tick), None)
+        now = next(engine.sketches(_watching([request(engine, p) for p in wanted], golden), tick), None)
     except Exception as exc:  # it explains a verdict: its own failure must not become one
         return replace(result, notes=(*result.notes, f"where in the model: could not be asked: {exc}"))
     if now is None:
@@ -526,10 +526,11 @@ def _decode(
 
 
 def _requests(engine: Engine, suite: Suite, shard: Shard | None) -> list[Request]:
-    return [_request(engine, prompt) for prompt in suite.prompts_of(shard)]
+    return [request(engine, prompt) for prompt in suite.prompts_of(shard)]
 
 
-def _request(engine: Engine, prompt: Prompt) -> Request:
+def request(engine: Engine, prompt: Prompt) -> Request:
+    """One prompt as the engine gets it."""
     return Request(prompt.id, np.asarray(engine.encode(prompt), np.int32), prompt.content)
 
 

@@ -34,6 +34,7 @@ LAYERS = [
         "golden",
         "capybara",
         "ladder",
+        "audit",
         "provenance",
         "wording",
         "starter",
@@ -67,6 +68,7 @@ CLI = {
     "cli.starting",
     "cli.law",
     "cli.ladders",
+    "cli.auditing",
     "cli.surfaces",
 }
 HEAVY = {
@@ -74,6 +76,8 @@ HEAVY = {
     "torch": {
         "engines.activations",
         "engines.departures",
+        "engines.operations",
+        "engines.scoring",
         "engines.transformers",
         "engines.vllm",
         "engines.vllm_worker",
@@ -89,6 +93,7 @@ HEAVY = {
     "vllm": {"engines.vllm", "numerics.layercast.vllm"},
     "transformers": {
         "engines.transformers",
+        "engines.scoring",
         "engines.tokenizer",
         "engines.vllm",
         "models",
@@ -110,6 +115,8 @@ AT_THE_TOP = {
     "torch": {
         "engines.activations",
         "engines.departures",
+        "engines.operations",
+        "engines.scoring",
         "engines.transformers",
         "engines.vllm_worker",
         *LAYERCAST,
@@ -119,6 +126,7 @@ AT_THE_TOP = {
     "vllm": {"numerics.layercast.vllm"},
     "transformers": {
         "engines.transformers",
+        "engines.scoring",
         "numerics.layercast.quantizer",
         "numerics.formats.model",
         "numerics.exact.model",

@@ -18,6 +18,7 @@ from . import (  # noqa: F401, I001  (importing them registers their commands, i
     machine,
     law,
     ladders,
+    auditing,
 )
 from .shell import app
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
+from ..audit import Pass
 from ..errors import ConfigError, EngineError
 from ..fingerprint import Fingerprint
 from ..generation import Output, Request, Scores
@@ -102,6 +103,14 @@ class Emulating(Protocol):
 
     def departures(self, requests: Sequence[Request], tick: Tick = no_tick) -> list[Departure]:
         """Each request's `reference` tokens in the format that is in force, against the same weights in FP32."""
+
+
+@runtime_checkable
+class Auditing(Protocol):
+    """An engine that can look at every operation of a forward pass."""
+
+    def passes(self, request: Request) -> list[Pass]:
+        """The request's prompt at once, and the token after it; every sum computed again in other orders."""
 
 
 Opener = Callable[[Spec], AbstractContextManager[Engine]]

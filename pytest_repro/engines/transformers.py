@@ -25,11 +25,11 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     GenerationConfig,
-    LogitsProcessor,
     LogitsProcessorList,
 )
 
 from .. import precision, probe
+from ..audit import Pass
 from ..errors import ConfigError, EngineError
 from ..fingerprint import Fingerprint
 from ..generation import Output, Request, Scores, digest
@@ -39,13 +39,12 @@ from ..numerics.formats import Emulation
 from ..numerics.formats.model import Emulated
 from ..sketch import Sketch, positions
 from ..suite import Prompt
+from . import operations
 from .activations import Activations, sketch_of, watched
 from .base import Engine, Spec, Tick, no_tick
 from .departures import References, departure
+from .scoring import Recorder, Sum, last_logsumexp, length, reference, score
 from .tokenizer import encode, eos, load_tokenizer
-
-Sum = Callable[[torch.Tensor], torch.Tensor]
-"""ln of the sum of e^x along the last dimension, in the mode's compute."""
 
 REPLAY_LOGITS = 64 * 2**20
 """Most logits (positions x vocabulary) of one replay batch: 256 MiB as float32."""
@@ -85,7 +84,7 @@ class TransformersEngine:
     def __init__(self, spec: Spec) -> None:
         assert spec.model is not None
         self.spec = spec
-        self.device = _device(spec.options.get("device"))
+        self.device = _device(spec.options.get("device", "cpu" if self.exact else None))
         path = str(spec.model.path)
         self.product = self._prepare()
         self.emulated: Emulated | None = None
@@ -226,7 +225,7 @@ class TransformersEngine:
         for row, request in enumerate(batch):
             ids[row, width - len(request.tokens) :] = torch.from_numpy(request.tokens.astype(np.int64))
             mask[row, width - len(request.tokens) :] = 1
-        recorder = _Recorder(batch, self.device, tick, self._logsumexp)
+        recorder = Recorder(batch, self.device, tick, self._logsumexp)
         with _explained(f"decoding a batch of {len(batch)}", self._memory_hint), torch.inference_mode():
             sequences = self.model.generate(
                 input_ids=ids.to(self.device),
@@ -306,7 +305,7 @@ class TransformersEngine:
             with _explained(f"replaying a batch of {len(batch)}", self._memory_hint), torch.inference_mode():
                 for place, score in zip(batch, self._forward([requests[i] for i in batch]), strict=True):
                     scores[place] = score
-            tick(sum(len(_reference(requests[i])) for i in batch))
+            tick(sum(len(reference(requests[i])) for i in batch))
         return [scores[i] for i in range(len(requests))]
 
     def _by_length(self, requests: Sequence[Request], positions: int) -> Iterator[list[int]]:
@@ -315,26 +314,26 @@ class TransformersEngine:
         most = max(1, min(positions, REPLAY_LOGITS // vocabulary))
         batch: list[int] = []
         widest = 0
-        for place in sorted(range(len(requests)), key=lambda i: (-_length(requests[i]), i)):
-            widest = max(widest, _length(requests[place]))
+        for place in sorted(range(len(requests)), key=lambda i: (-length(requests[i]), i)):
+            widest = max(widest, length(requests[place]))
             if batch and (len(batch) + 1) * widest > most:
                 yield batch
-                batch, widest = [], _length(requests[place])
+                batch, widest = [], length(requests[place])
             batch.append(place)
         if batch:
             yield batch
 
     def _forward(self, batch: Sequence[Request]) -> list[Scores]:
         found = zip(batch, self._logits(batch), strict=True)
-        return [_score(request, logits, self._logsumexp) for request, logits in found]
+        return [score(request, logits, self._logsumexp) for request, logits in found]
 
     def _logits(self, batch: Sequence[Request]) -> list[torch.Tensor]:
         """What one forward pass says of each request's reference tokens, shape (T, vocabulary)."""
-        width = max(_length(r) for r in batch)
+        width = max(length(r) for r in batch)
         first = min(len(r.tokens) for r in batch) - 1  # the position that predicts the first answer token
         ids = torch.zeros((len(batch), width), dtype=torch.long)
         for row, request in enumerate(batch):
-            whole = np.concatenate([request.tokens, _reference(request)]).astype(np.int64)
+            whole = np.concatenate([request.tokens, reference(request)]).astype(np.int64)
             ids[row, : len(whole)] = torch.from_numpy(whole)
         kept = torch.arange(first, width - 1, device=self.device)
         keeping = self._keeping(kept)
@@ -343,7 +342,7 @@ class TransformersEngine:
             logits = logits[:, first : width - 1]
         starts = [len(r.tokens) - 1 - first for r in batch]
         return [
-            logits[row, start : start + len(_reference(r))]
+            logits[row, start : start + len(reference(r))]
             for row, (start, r) in enumerate(zip(starts, batch, strict=True))
         ]
 
@@ -370,7 +369,7 @@ class TransformersEngine:
                 fp32 = self.references.of(batch, partial(self._logits_in_fp32, batch))
                 for place, request, before, now in zip(places, batch, fp32, self._logits(batch), strict=True):
                     found[place] = departure(request, before, now)
-            tick(sum(len(_reference(r)) for r in batch))
+            tick(sum(len(reference(r)) for r in batch))
         return [found[i] for i in range(len(requests))]
 
     def _logits_in_fp32(self, batch: Sequence[Request]) -> list[torch.Tensor]:
@@ -414,13 +413,23 @@ class TransformersEngine:
             return sketch_of([self._looked_at(request, tick, padding) for request in requests])
 
     def _looked_at(self, request: Request, tick: Tick, padding: int) -> Activations:
-        rows = positions(len(request.tokens), len(_reference(request)))
-        whole = np.concatenate([request.tokens, _reference(request)])[: rows[-1] + 1].astype(np.int64)
+        rows = positions(len(request.tokens), len(reference(request)))
+        whole = np.concatenate([request.tokens, reference(request)])[: rows[-1] + 1].astype(np.int64)
         ids = torch.nn.functional.pad(torch.from_numpy(whole), (0, padding))[None].to(self.device)
         with watched(self.model, rows, ids.shape[1]) as found:
             self.model(input_ids=ids, use_cache=False, **self._keeping(torch.tensor(rows, device=self.device)))
         tick(len(whole))
         return found
+
+    def passes(self, request: Request) -> list[Pass]:
+        """Exact compute is looked at on its way through torch: its C++ nobody sees into."""
+        self._check_vocabulary([request])
+        ids = torch.from_numpy(request.tokens.astype(np.int64))[None].to(self.device)
+        with (
+            _explained("looking at every operation", self._memory_hint),
+            exact.unfused() if self.exact else nullcontext(),
+        ):
+            return operations.passes(self.model, ids)
 
     def _keeping(self, rows: torch.Tensor) -> dict[str, Any]:
         """The argument that has logits computed at some rows only, where the model has it."""
@@ -429,7 +438,7 @@ class TransformersEngine:
 
     @property
     def _logsumexp(self) -> Sum:
-        return exact.logsumexp if self.exact else _last_logsumexp
+        return exact.logsumexp if self.exact else last_logsumexp
 
     def _memory_hint(self) -> str | None:
         return "--repro-batch-size with a smaller number (it is a suspect then), or a device with more memory"
@@ -453,106 +462,6 @@ def _eager(model: Any) -> Iterator[None]:
         yield
     finally:
         model.set_attn_implementation(before)
-
-
-class _Recorder(LogitsProcessor):  # type: ignore[misc]
-    """Sees the logits of every step, writes numbers down, and hands the logits on untouched.
-
-    Numbers are of the token that `generate` then chose, whatever it chose it by: it is known at the next step.
-    """
-
-    def __init__(self, batch: Sequence[Request], device: torch.device, tick: Tick, logsumexp: Sum) -> None:
-        self.rows: dict[str, list[torch.Tensor]] = {"logprob": [], "gap": [], "runner_up": []}
-        self.tick = tick
-        self.logsumexp = logsumexp
-        self.waiting: torch.Tensor | None = None
-        """Logits of the last step, whose token is not known yet."""
-        self.reference: torch.Tensor | None = None
-        if any(r.reference is not None for r in batch):
-            longest = max(len(r.reference) for r in batch if r.reference is not None)
-            padded = np.full((len(batch), longest), -1, np.int64)
-            for row, request in enumerate(batch):
-                if request.reference is not None:
-                    padded[row, : len(request.reference)] = request.reference
-            self.reference = torch.from_numpy(padded).to(device)
-            self.rows["reference_logprob"] = []
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        self._settle(input_ids[:, -1])
-        self.waiting = scores.to(torch.float32, copy=True)  # who comes after may change what is handed on in place
-        self.tick(len(scores))
-        return scores
-
-    def _settle(self, chosen: torch.Tensor) -> None:
-        """Write down the numbers of the last step, now that its token is known."""
-        if self.waiting is None:
-            return
-        logits, step = self.waiting, len(self.rows["logprob"])
-        total = self.logsumexp(logits)
-        best = logits.topk(2).indices
-        rival = torch.where(best[:, 0] == chosen, best[:, 1], best[:, 0])
-        own = logits.gather(1, chosen[:, None])[:, 0]
-        self.rows["logprob"].append(own - total)
-        self.rows["gap"].append(own - logits.gather(1, rival[:, None])[:, 0])
-        self.rows["runner_up"].append(rival)
-        if self.reference is not None:
-            self.rows["reference_logprob"].append(self._watched(logits, total, step))
-        self.waiting = None
-
-    def _watched(self, logits: torch.Tensor, total: torch.Tensor, step: int) -> torch.Tensor:
-        assert self.reference is not None
-        if step >= self.reference.shape[1]:
-            return torch.full_like(total, torch.nan)
-        token = self.reference[:, step]
-        value = logits.gather(1, token.clamp(min=0)[:, None])[:, 0] - total
-        return torch.where(token >= 0, value, torch.nan)
-
-    def columns(self, last: torch.Tensor) -> dict[str, Any]:
-        """Each column as an array of shape (batch, steps).
-
-        Args:
-            last: the tokens that were chosen last, shape (batch,).
-        """
-        self._settle(last)
-        return {
-            name: torch.stack(steps, 1).cpu().numpy().astype(np.int32 if name == "runner_up" else np.float32)
-            for name, steps in self.rows.items()
-        }
-
-
-def _reference(request: Request) -> Any:
-    if request.reference is None:
-        raise EngineError(f"prompt {request.id}: nothing to replay")
-    return request.reference
-
-
-def _length(request: Request) -> int:
-    return len(request.tokens) + len(_reference(request))
-
-
-def _last_logsumexp(logits: torch.Tensor) -> torch.Tensor:
-    return logits.logsumexp(-1)
-
-
-def _score(request: Request, logits: torch.Tensor, logsumexp: Sum) -> Scores:
-    """Numbers of one replayed prompt from its logits, shape (at least T, vocabulary)."""
-    tokens = torch.from_numpy(_reference(request).astype(np.int64)).to(logits.device)
-    logits = logits[: len(tokens)].float()
-    own = logits.gather(1, tokens[:, None])[:, 0]
-    logprob = (own - logsumexp(logits)).cpu().numpy()
-    gap = torch.full_like(own, torch.nan)
-    if request.reference_runner_up is not None:
-        rival = torch.from_numpy(request.reference_runner_up.astype(np.int64)).to(logits.device)
-        gap = torch.where(rival >= 0, own - logits.gather(1, rival.clamp(min=0)[:, None])[:, 0], torch.nan)
-    bad = np.flatnonzero(np.isnan(logprob))
-    return Scores(
-        id=request.id,
-        logprob=logprob.astype(np.float32),
-        deficit=(logits.max(-1).values - own).cpu().numpy().astype(np.float32),
-        top=logits.argmax(-1).cpu().numpy().astype(np.int32),
-        gap=gap.cpu().numpy().astype(np.float32),
-        error=f"NaN in logits at token {bad[0]}" if len(bad) else "",
-    )
 
 
 def _device(name: str | None) -> torch.device:

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 from jsonschema import Draft202012Validator
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, int16
 
 from pytest_repro import models, suite
 
@@ -219,6 +219,48 @@ def test_weights_of_9_bits_show_in_the_suite_where_no_prompt_shows_them(
     run = Run(tmp_path, *REPLAYED, root=calibrated, OMP_NUM_THREADS="1")
     assert run.rc == 0, run.output
     assert 0.8 < run.suite["metrics"]["rounding_ratio"] < 1.1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "environment"),
+    [
+        (("--repro-batch-size", "16", "--repro-method", "decode"), {"OMP_NUM_THREADS": "1"}),
+        (("--repro-batch-size", "1", "--repro-method", "replay"), {"ATEN_CPU_CAPABILITY": "avx2"}),
+    ],
+    ids=["batch size 16 decoded on one thread", "batch size 1 replayed with AVX2"],
+)
+def test_an_exact_golden_holds_bit_for_bit_where_numerics_change(
+    model: models.ModelFiles, tmp_path: Path, arguments: tuple[str, ...], environment: dict[str, str]
+) -> None:
+    run = Run(
+        tmp_path, "--repro-check", "golden/word-problems", "--repro-numerics", "exact", *arguments, *FEW, **environment
+    )
+    assert run.rc == 0, run.output
+    assert run.verdicts == {"identical"}
+    assert run.suite["observed_compute"] == "exact"
+    assert run.suite["metrics"]["mean_abs_dlogp"] == 0
+    assert run.suspects != []
+
+
+def test_the_lowest_bit_of_one_weight_shows_in_exact(model: models.ModelFiles, tmp_path: Path) -> None:
+    other = changed(one_bit, model, tmp_path / "model")
+    run = Run(
+        tmp_path, "--repro-check", "golden/word-problems", "--repro-numerics", "exact", "--repro-model", str(other),
+        "--repro-allow-changed", "model", "--repro-method", "replay", *FEW,
+    )  # fmt: skip
+    assert run.rc == 1
+    assert run.verdicts == {"drift"}
+    assert run.suite["localisation"]["module"] == "model.layers.15.mlp.down_proj"
+
+
+def one_bit(name: str, weight: Tensor) -> Tensor:
+    """The lowest bit of the mantissa of one weight, the largest of its row, turned over."""
+    if name != "model.layers.15.mlp.down_proj.weight":
+        return weight
+    bits = weight.clone()
+    place = int(weight[0].abs().argmax())
+    bits[0, place : place + 1].view(int16).bitwise_xor_(1)
+    return bits
 
 
 def test_bf16_compute_is_never_taken_for_an_fp32_golden(model: models.ModelFiles, tmp_path: Path) -> None:

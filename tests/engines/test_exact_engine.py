@@ -193,6 +193,12 @@ def test_an_attention_of_the_suite_s_is_refused(folder: Path) -> None:
         pass
 
 
+def test_it_runs_on_the_cpu_also_where_there_is_a_gpu(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with opened(folder) as engine:
+        assert engine.device.type == "cpu"
+
+
 def test_the_engine_gives_torch_and_the_model_back(folder: Path) -> None:
     before = switches()
     with pytest.raises(ZeroDivisionError), opened(folder):

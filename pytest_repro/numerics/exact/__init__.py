@@ -16,14 +16,21 @@ from ..fp32 import ieee
 
 if TYPE_CHECKING:
     from .model import computing
+    from .native import unfused
     from .operations import logsumexp, prepare
     from .proof import observe
 
-__all__ = ["MODE", "computing", "logsumexp", "observe", "prepare"]
+__all__ = ["MODE", "computing", "logsumexp", "observe", "prepare", "unfused"]
 
 MODE = Mode("exact", dtype=None, compute_class="exact", switches=ieee, storage="exact")
 
-_WHERE = {"computing": "model", "logsumexp": "operations", "prepare": "operations", "observe": "proof"}
+_WHERE = {
+    "computing": "model",
+    "logsumexp": "operations",
+    "observe": "proof",
+    "prepare": "operations",
+    "unfused": "native",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -10,7 +10,8 @@ import logging
 import os
 import shlex
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -55,6 +56,17 @@ def library(say: Callable[[str], None] = log.warning) -> Library:
     if _known is None:  # asked at every operation: the environment is read once
         _known = _library(torch.backends.cpu.get_cpu_capability(), os.environ.get("CXX", ""), say)
     return _known
+
+
+@contextmanager
+def unfused() -> Iterator[None]:
+    """Torch alone while the context holds: the same bits, slower, and seen by whoever looks at torch's operations."""
+    global _known
+    before, _known = library(), Library(None, "torch alone")
+    try:
+        yield
+    finally:
+        _known = before
 
 
 def _library(capability: str, cxx: str, say: Callable[[str], None]) -> Library:
