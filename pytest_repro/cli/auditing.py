@@ -109,9 +109,9 @@ COLUMNS = (
     "sums",
     "of",
     "moved",
-    "ulps: half",
+    "ulps 50 %",
     "99 %",
-    "all",
+    "max",
     "relative",
 )
 LEFT = 2
