@@ -6,6 +6,7 @@ computed number by number gives the same bits whatever else is computed beside i
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -32,7 +33,7 @@ class Operation:
     sums: int = 0
     """Numbers that are a sum of several."""
     length: int = 0
-    """How many numbers the longest of those sums has; 0 without any."""
+    """How many numbers each of those sums has; 0 without any. 2 where nobody knows."""
     compared: int = 0
     """Sums that were computed again in another order, once for each order; 0 if they could not be."""
     moved: int = 0
@@ -43,9 +44,9 @@ class Operation:
     largest: float = 0.0
     """The largest distance, ulps. Of a sum that almost cancels it is large, whatever the method."""
     shift: float = 0.0
-    """|difference| added up."""
+    """Squares of the differences, added up."""
     scale: float = 0.0
-    """|sum| added up."""
+    """Squares of the sums, added up."""
 
     @property
     def moved_percent(self) -> float | None:
@@ -53,20 +54,20 @@ class Operation:
         return 100 * self.moved / self.compared if self.compared else None
 
     def ulps(self, share: float) -> int | None:
-        """The distance that such a share of the sums does not exceed, rounded up to a power of two; None without any."""
+        """The distance that such a share of the sums does not exceed, rounded up to a power of two or the largest; None without any."""
         reached = 0
         for bin_, count in enumerate(self.distances):
             reached += count
             if reached >= share * self.compared:
-                return bin_ and 1 << (bin_ - 1)
+                return bin_ and int(min(1 << (bin_ - 1), self.largest))
         return None
 
     @property
     def relative(self) -> float | None:
-        """Mean |difference| over mean |sum|: comparable between dtypes. None if none was computed again."""
+        """Root mean square of the differences over that of the sums: comparable between dtypes. None without any."""
         if not self.compared:
             return None
-        return self.shift / self.scale if self.scale else 0.0
+        return math.sqrt(self.shift / self.scale) if self.scale else 0.0
 
     def plus(self, other: Operation) -> Operation:
         """Both together, under this one's names."""
@@ -77,7 +78,6 @@ class Operation:
             divisions=self.divisions + other.divisions,
             roots=self.roots + other.roots,
             sums=self.sums + other.sums,
-            length=max(self.length, other.length),
             compared=self.compared + other.compared,
             moved=self.moved + other.moved,
             distances=tuple(a + b for a, b in zip_longest(self.distances, other.distances, fillvalue=0)),
@@ -139,10 +139,10 @@ def unnumbered(module: str) -> str:
 
 
 def rolled_up(operations: Iterable[Operation]) -> tuple[Operation, ...]:
-    """Operations of modules that only a layer's number tells apart, as one; in the order in which they first ran."""
-    found: dict[tuple[str, str], Operation] = {}
+    """Operations of modules that only a layer's number tells apart, as one if their sums are as long; in the order in which they first ran."""
+    found: dict[tuple[str, str, int], Operation] = {}
     for operation in operations:
-        key = (unnumbered(operation.module), operation.name)
+        key = (unnumbered(operation.module), operation.name, operation.length)
         found[key] = found[key].plus(operation) if key in found else replace(operation, module=key[0])
     return tuple(found.values())
 

@@ -15,8 +15,9 @@ from rich.text import Text
 
 from .. import audit, gate
 from ..audit import Operation, Pass
-from ..engines.base import Auditing, check_options, check_tables
+from ..engines.base import Auditing, Engine, check_options, check_tables
 from ..errors import ConfigError, EngineError
+from ..generation import Request
 from ..report.progress import Display
 from ..store import typed
 from ..suite import SUITE_FILE, Overrides, Prompt, Suite, defaults_around, load, parse_engine_option
@@ -57,14 +58,15 @@ def look(
     suite = _suite(folder, engine, engine_option or ())
     chosen = _chosen(suite, prompt)
     mode = numerics or suite.numerics[0]
-    show = Display(f"audit {suite.name}", lambda: sys.stderr)
+    show = Display(f"audit {suite.name}", lambda: sys.stderr, unit="operations")
     show.first = False  # no line of pytest's is open here
     with gate.live(suite, mode, gate.Options(), show) as live:
         if not isinstance(live, Auditing):
             raise EngineError(f"nobody looks into the engine {suite.engine}", fix="--engine transformers")
         seen = live.observe()
-        show.say(f"{mode}: {seen.compute_class} observed; every operation, and every sum in other orders")
-        passes = live.passes(gate.request(live, chosen))
+        show.say(f"{mode}: {seen.compute_class} observed")
+        passes = live.passes(_within(live, gate.request(live, chosen), typed(folder)), show.phase)
+        show.close()
     if as_json:
         as_data(_data(suite, mode, seen.compute_class, passes))
         return
@@ -88,6 +90,22 @@ def _chosen(suite: Suite, name: str | None) -> Prompt:
         some = ", ".join(prompt.id for prompt in suite.prompts[:8]) + (", …" if len(suite.prompts) > 8 else "")
         raise ConfigError(f"no prompt {name!r} in {suite.name}", where="--prompt", fix=f"one of {some}")
     return found[0]
+
+
+def _within(engine: Engine, request: Request, where: str) -> Request:
+    """The request, if it and one token more fit the model.
+
+    Raises:
+        ConfigError: they do not.
+    """
+    if engine.context_length is not None and len(request.tokens) >= engine.context_length:
+        raise ConfigError(
+            f"prompt {request.id} has {len(request.tokens)} tokens, and prompt and one token more must fit the model's "
+            f"{engine.context_length}",
+            where=where,
+            fix="--prompt with another of the suite",
+        )
+    return request
 
 
 def _data(suite: Suite, mode: str, observed: str, passes: Sequence[Pass]) -> dict[str, Any]:
@@ -127,7 +145,7 @@ def _show(one: Pass, mode: str) -> None:
     if source := one.source:
         say(
             f"noise is born most in {source.module}, {_short(source.name)} of {source.length}: {_percent(source)} of "
-            f"its sums move, by {source.relative:.1e} of their size"
+            f"its sums move, the noise is {source.relative:.1e} of their size (root mean square)"
         )
     elif one.quiet:
         say("no sum moved: in every order the same bits", "green")

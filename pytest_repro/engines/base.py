@@ -109,8 +109,11 @@ class Emulating(Protocol):
 class Auditing(Protocol):
     """An engine that can look at every operation of a forward pass."""
 
-    def passes(self, request: Request) -> list[Pass]:
-        """The request's prompt at once, and the token after it; every sum computed again in other orders."""
+    def passes(self, request: Request, phase: Callable[[str, int], Tick]) -> list[Pass]:
+        """The request's prompt at once, and the token after it; every sum computed again in other orders.
+
+        `phase` is told what begins and how many operations it has, and gives what is told of each.
+        """
 
 
 Opener = Callable[[Spec], AbstractContextManager[Engine]]

@@ -1,237 +1,58 @@
 """What torch runs in a forward pass, by module, timed; and every sum of it once more in other orders.
 
-A sum's terms are permuted in all its operands alike, and the same kernel is called again: what differs then is the order
-alone. Seen are torch's own operations, and LayerCast's product. Exact compute is looked at on its way through torch, which
-gives the bits of its C++ (`numerics.exact.proof` compares them), not its time.
+Seen are torch's own operations, and LayerCast's product. Exact compute is looked at on its way through torch, which gives
+the bits of its C++ (`numerics.exact.proof` compares them), not its time.
 """
 
 from __future__ import annotations
 
 import copy
-import math
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import replace
 from typing import Any
 
 import torch
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..audit import Operation, Pass, rolled_up
-from ..numerics.layercast.weight import Weight, stored, wrap
+from ..numerics.layercast import product
 from ..precision import inside
+from .base import Tick
+from .reordering import A_ROW, BY_NUMBER, DIVIDING, ROOTS, SUMMING, Arguments, Sums, as_they_are, orders
 
-ORDERS = 3
-"""Other orders in which a sum is computed: turned round, and two at random."""
 TIMES = 3
 """How often a pass is timed; the median counts."""
-
-Order = Callable[[int], torch.Tensor]
-"""A permutation of so many terms, the same each time it is asked for."""
-Arguments = Mapping[str, Any]
-Call = Callable[..., torch.Tensor]
-"""The operation, with some of its arguments in the place of those it was called with."""
+AT_ONCE = 2**22
+"""Numbers compared at a time."""
+ELSEWHERE = 2.0**63
+"""Distance between a number and an infinity or NaN, ulps."""
 
 
-@dataclass(frozen=True)
-class Sums:
-    """What an operation adds up."""
-
-    length: int
-    """Numbers of each sum."""
-    again: Callable[[Order], torch.Tensor] | None
-    """The result, summed in another order; None if nobody knows how."""
-    first: Callable[[], torch.Tensor] | None = None
-    """What that is to be held against, where it is not the result as it was: the same kernel, asked in the same way."""
-
-
-def orders() -> Iterator[Order]:
-    """Permutations, made on the CPU: the same on every device."""
-    yield lambda terms: torch.arange(terms).flip(0)
-    for seed in range(ORDERS - 1):
-        yield partial(_shuffled, seed)
-
-
-def _shuffled(seed: int, terms: int) -> torch.Tensor:
-    return torch.randperm(terms, generator=torch.Generator().manual_seed(seed))
-
-
-def _permuted(tensor: torch.Tensor, dim: int, order: Order) -> torch.Tensor:
-    return tensor.index_select(dim, order(tensor.shape[dim]).to(tensor.device))
-
-
-def _product(one: str, other: str) -> Callable[[Arguments, Call], Sums]:
-    """A matrix product: rows of `one` and columns of `other`."""
-
-    def sums(given: Arguments, call: Call) -> Sums:
-        left, right = given[one], given[other]
-        dim = -2 if right.dim() > 1 else -1
-        return Sums(
-            left.shape[-1],
-            lambda order: call(**{one: _permuted(left, -1, order), other: _permuted(right, dim, order)}),
-        )
-
-    return sums
-
-
-def _linear(given: Arguments, call: Call) -> Sums:
-    x, weight = given["input"], given["weight"]
-
-    def again(order: Order) -> torch.Tensor:
-        turned = _permuted(stored(weight), -1, order)
-        return call(input=_permuted(x, -1, order), weight=wrap(turned) if isinstance(weight, Weight) else turned)
-
-    return Sums(x.shape[-1], again)
-
-
-def _along(given: Arguments, call: Call) -> Sums:
-    """A sum or a mean along some dimensions, or all; a norm."""
-    x = given["self"]
-    dims = given.get("dim")
-    dims = range(x.dim()) if dims is None or dims == [] else dims if isinstance(dims, (list, tuple)) else [dims]
-
-    def again(order: Order) -> torch.Tensor:
-        turned = x
-        for dim in dims:
-            turned = _permuted(turned, dim, order)
-        return call(self=turned)
-
-    return Sums(math.prod(x.shape[dim] for dim in dims), again)
-
-
-def _shares(given: Arguments, call: Call) -> Sums:
-    """A softmax: permuted, and put back."""
-    x, dim = given["self"], given["dim"]
-
-    def again(order: Order) -> torch.Tensor:
-        back = torch.argsort(order(x.shape[dim])).to(x.device)
-        return call(self=_permuted(x, dim, order)).index_select(dim, back)
-
-    return Sums(x.shape[dim], again)
-
-
-def _norm(given: Arguments, call: Call) -> Sums:
-    """A norm along the last dimension, with its weights."""
-    x, names = given["input"], [n for n in ("weight", "bias") if given.get(n) is not None]
-    if len(given["normalized_shape"]) != 1:
-        return Sums(math.prod(given["normalized_shape"]), None)
-
-    def again(order: Order) -> torch.Tensor:
-        turned = {name: _permuted(given[name], 0, order) for name in names}
-        found = call(input=_permuted(x, -1, order), **turned)
-        return found.index_select(-1, torch.argsort(order(x.shape[-1])).to(x.device))
-
-    return Sums(x.shape[-1], again)
-
-
-def _attention(given: Arguments, call: Call) -> Sums:
-    """softmax(q k^T) v in one kernel: the tokens permuted, and the numbers of a head in q and k.
-
-    A causal mask is spelt out first, since permuted tokens need one: the same kernel with that mask is what is compared.
-    """
-    query, key, value = given["query"], given["key"], given["value"]
-    name = "attn_bias" if "attn_bias" in given else "attn_mask"
-    mask = given.get(name)
-    causal = bool(given.get("is_causal"))
-    asked, tokens = query.shape[-2], key.shape[-2]
-    if causal and name not in given:  # a kernel that takes no mask: only the numbers of a head can be permuted
-        heads = lambda order: call(query=_permuted(query, -1, order), key=_permuted(key, -1, order))  # noqa: E731
-        return Sums(tokens, heads)
-    if causal:
-        seen = torch.ones(asked, tokens, dtype=torch.bool, device=query.device).tril()
-        mask = torch.zeros_like(seen, dtype=query.dtype).masked_fill(~seen, -torch.inf)[None, None]
-    spelt: dict[str, Any] = {"is_causal": False, name: mask} if causal else {}
-
-    def again(order: Order) -> torch.Tensor:
-        turned = {} if mask is None else {name: _permuted(mask, -1, order) if mask.shape[-1] > 1 else mask}
-        return call(**{
-            **spelt,
-            **turned,
-            "query": _permuted(query, -1, order),
-            "key": _permuted(_permuted(key, -1, order), -2, order),
-            "value": _permuted(value, -2, order),
-        })  # fmt: skip
-
-    return Sums(tokens, again, (lambda: call(**spelt)) if causal else None)
-
-
-def _unknown(given: Arguments, call: Call) -> Sums:
-    """Something that sums, and that is not known well enough to be turned round."""
-    return Sums(2, None)
-
-
-SUMMING: dict[str, Callable[[Arguments, Call], Sums]] = {
-    "linear": _linear,
-    "mm": _product("self", "mat2"),
-    "bmm": _product("self", "mat2"),
-    "matmul": _product("self", "other"),
-    "addmm": _product("mat1", "mat2"),
-    "baddbmm": _product("batch1", "batch2"),
-    "sum": _along,
-    "mean": _along,
-    "logsumexp": _along,
-    "linalg_vector_norm": _along,
-    "_softmax": _shares,
-    "softmax": _shares,
-    "_log_softmax": _shares,
-    "log_softmax": _shares,
-    "native_layer_norm": _norm,
-    "layer_norm": _norm,
-    "rms_norm": _norm,
-    "_fused_rms_norm": _norm,
-    "scaled_dot_product_attention": _attention,
-    "_scaled_dot_product_flash_attention_for_cpu": _attention,
-    "_scaled_dot_product_flash_attention": _attention,
-    "_scaled_dot_product_efficient_attention": _attention,
-    "_scaled_dot_product_attention_math": _attention,
-    "cumsum": _unknown,
-    "var": _unknown,
-    "std": _unknown,
-    "convolution": _unknown,
-    "einsum": _unknown,
-    "grouped_mm": _unknown,
-    "_grouped_mm": _unknown,
-    "_int_mm": _unknown,
-    "_scaled_mm": _unknown,
-}
-"""Operations that add numbers up."""
-DIVIDING = frozenset({
-    "div", "true_divide", "reciprocal", "rsqrt", "sigmoid", "silu", "softmax", "_softmax", "mean", "native_layer_norm",
-    "layer_norm", "rms_norm", "_fused_rms_norm", "scaled_dot_product_attention", "_scaled_dot_product_flash_attention",
-    "_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_efficient_attention",
-    "_scaled_dot_product_attention_math",
-})  # fmt: skip
-"""Operations that divide, once for each number that comes out."""
-ROOTS = frozenset(
-    {"sqrt", "rsqrt", "linalg_vector_norm", "native_layer_norm", "layer_norm", "rms_norm", "_fused_rms_norm"}
-)
-"""Operations that take a square root; a norm takes one a row."""
-A_ROW = frozenset({"native_layer_norm", "layer_norm", "rms_norm", "_fused_rms_norm"})
-
-
-def passes(model: Any, ids: torch.Tensor) -> list[Pass]:
+def passes(model: Any, ids: torch.Tensor, phase: Callable[[str, int], Tick]) -> list[Pass]:
     """A prompt at once, and the token after it: each pass timed, then looked at.
 
     Args:
         model: of transformers, in its numerics mode.
         ids: shape (1, T), on the model's device.
+        phase: told what begins, and how many operations it has.
     """
     with torch.no_grad():
         first = model(input_ids=ids, use_cache=True)
-        after = first.logits[:, -1:].argmax(-1)
-        kept = copy.deepcopy(first.past_key_values)
+        after, kept = first.logits[:, -1:].argmax(-1), copy.deepcopy(first.past_key_values)
+        del first  # of a long prompt, logits are most of what there is
         return [
-            _pass("prefill", model, ids, lambda: None),
-            _pass("decode", model, after, lambda: copy.deepcopy(kept)),
+            _pass("prefill", model, ids, lambda: None, phase),
+            _pass("decode", model, after, lambda: copy.deepcopy(kept), phase),
         ]
 
 
-def _pass(what: str, model: Any, ids: torch.Tensor, cache: Callable[[], Any]) -> Pass:
-    """Each time with a cache of its own, since a pass adds to it."""
+def _pass(
+    what: str, model: Any, ids: torch.Tensor, cache: Callable[[], Any], phase: Callable[[str, int], Tick]
+) -> Pass:
+    """Each time with a cache of its own, since a pass adds to it. Operations are timed where none is computed again."""
 
     def run() -> float:
         kept = cache()
@@ -239,30 +60,36 @@ def _pass(what: str, model: Any, ids: torch.Tensor, cache: Callable[[], Any]) ->
 
     run()
     seconds = statistics.median(run() for _ in range(TIMES))
-    kept = cache()
-    with audited(model) as found:
-        model(input_ids=ids, past_key_values=kept, use_cache=True)
-    return Pass(what, ids.shape[-1], seconds, rolled_up(found))
+    with audited(model, None) as timed:
+        run()
+    with audited(model, phase(f"{what}: every sum in other orders", len(timed))) as found:
+        run()
+    operations = (replace(op, seconds=plain.seconds) for op, plain in zip(found, timed, strict=True))
+    return Pass(what, ids.shape[-1], seconds, rolled_up(operations))
 
 
 @contextmanager
-def audited(model: Any) -> Iterator[list[Operation]]:
+def audited(model: Any, tick: Tick | None = lambda _: None) -> Iterator[list[Operation]]:
     """Look on while the model computes; what it computes is unchanged.
+
+    Args:
+        model: any torch module.
+        tick: told of each operation; None times operations and computes no sum again.
 
     Yields:
         Every operation, in its order.
     """
     found: list[Operation] = []
-    with torch.no_grad(), inside(model) as modules, _Torch(modules, found) as kernels, _Own(kernels):
+    with torch.no_grad(), inside(model) as modules, _Watch(modules, found, tick) as watch, _own_product(watch):
         yield found
 
 
-class _Torch(TorchDispatchMode):
+class _Watch(TorchDispatchMode):
     """Every operation that reaches torch's kernels."""
 
-    def __init__(self, modules: list[str], found: list[Operation]) -> None:
+    def __init__(self, modules: list[str], found: list[Operation], tick: Tick | None) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.modules, self.found = modules, found
+        self.modules, self.found, self.tick = modules, found, tick
         self.away = False
         """Whether what runs now is counted elsewhere."""
 
@@ -270,34 +97,64 @@ class _Torch(TorchDispatchMode):
         kwargs = kwargs or {}
         if self.away:
             return func(*args, **kwargs)
-        out, seconds = _timed(lambda: func(*args, **kwargs))
+        schema = func._schema.arguments
+        given = {a.name: a.default_value for a in schema if a.has_default_value()}
+        given |= dict(zip((a.name for a in schema), args, strict=False)) | kwargs
         name = func.overloadpacket.__name__.rstrip("_")
-        given = {a.name: a.default_value for a in func._schema.arguments if a.has_default_value()}
-        given |= dict(zip((a.name for a in func._schema.arguments), args, strict=False)) | kwargs
-        in_place = func._schema.is_mutable
-        self.found.append(_seen(self.modules[-1], name, seconds, out, {} if in_place else given, func))
+        return self.seen(
+            name, lambda: func(*args, **kwargs), given, lambda **others: _first(_called(func, {**given, **others})),
+            changed=func._schema.is_mutable,
+        )  # fmt: skip
+
+    def seen(
+        self,
+        name: str,
+        run: Callable[[], Any],
+        given: Arguments,
+        call: Callable[..., torch.Tensor],
+        changed: bool = False,
+    ) -> Any:
+        """Run one operation and note what it did.
+
+        Args:
+            name: torch's.
+            run: the operation.
+            given: its arguments by name.
+            call: the operation with some of them replaced.
+            changed: whether it writes to its arguments, which cannot be asked for again then.
+        """
+        out, seconds = _timed(run)
+        seen = _counted(Operation(self.modules[-1], name, seconds=seconds), _first(out), given)
+        if seen.length and not changed and self.tick is not None and name in SUMMING:
+            seen = _compared(seen, SUMMING[name](given, call))
+        self.found.append(seen)
+        if self.tick is not None:
+            self.tick(1)
         return out
 
 
-class _Own(TorchFunctionMode):
-    """LayerCast's product, of which torch's kernels see nothing."""
+@contextmanager
+def _own_product(watch: _Watch) -> Iterator[None]:
+    """LayerCast's product, of which torch's kernels see nothing, is seen as `linear` while the context holds."""
+    plain = product.linear
 
-    def __init__(self, kernels: _Torch) -> None:
-        super().__init__()
-        self.kernels = kernels
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        given = dict(zip(("input", "weight", "bias"), args, strict=False)) | kwargs
-        if func is not torch.nn.functional.linear or not isinstance(given["weight"], Weight):
-            return func(*args, **kwargs)
-        self.kernels.away = True
+    def seen(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        given = {"input": x, "weight": weight, "bias": bias}
+        watch.away = True
         try:
-            out, seconds = _timed(lambda: func(**given))
-            self.kernels.found.append(_seen(self.kernels.modules[-1], "linear", seconds, out, given, func))
-            return out
+            found: torch.Tensor = watch.seen(
+                "linear", lambda: plain(x, weight, bias), given,
+                lambda **o: plain(o.get("input", x), o.get("weight", weight), bias),
+            )  # fmt: skip
+            return found
         finally:
-            self.kernels.away = False
+            watch.away = False
+
+    product.linear = seen
+    try:
+        yield
+    finally:
+        product.linear = plain
 
 
 def _timed(call: Callable[[], Any]) -> tuple[Any, float]:
@@ -313,34 +170,8 @@ def _wait() -> None:
         torch.cuda.synchronize()
 
 
-def _seen(module: str, name: str, seconds: float, out: Any, given: Arguments, func: Any) -> Operation:
-    """What one call did; its sums computed again if `given` has its arguments."""
-    result = out[0] if isinstance(out, (tuple, list)) and out else out
-    seen = Operation(module, name, seconds=seconds)
-    if not isinstance(result, torch.Tensor) or not (result.is_floating_point() or _of_integers(name, given)):
-        return seen
-    count = result.numel()
-    rows = count // result.shape[-1] if name in A_ROW and result.dim() and result.shape[-1] else count
-    seen = replace(seen, divisions=rows if name in DIVIDING else 0, roots=rows if name in ROOTS else 0)
-    if name not in SUMMING or not given:
-        return seen
-
-    def call(**others: Any) -> torch.Tensor:
-        again = func(**{**given, **others}) if not hasattr(func, "_schema") else _called(func, {**given, **others})
-        first: torch.Tensor = again[0] if isinstance(again, (tuple, list)) else again
-        return first
-
-    sums = SUMMING[name](given, call)
-    if sums.length < 2:
-        return seen
-    seen = replace(seen, sums=count, length=sums.length)
-    return _compared(seen, sums, result) if sums.again is not None else seen
-
-
-def _of_integers(name: str, given: Arguments) -> bool:
-    """A sum of exact compute's numerators, which are int64 and more than a mask's or a position's."""
-    x = given.get("self")
-    return name == "sum" and isinstance(x, torch.Tensor) and x.dtype == torch.int64
+def _first(out: Any) -> Any:
+    return out[0] if isinstance(out, (tuple, list)) and out else out
 
 
 def _called(func: Any, given: Arguments) -> Any:
@@ -350,29 +181,66 @@ def _called(func: Any, given: Arguments) -> Any:
     return func(*places, **{a.name: given[a.name] for a in schema if a.kwarg_only and a.name in given})
 
 
-def _compared(seen: Operation, sums: Sums, result: torch.Tensor) -> Operation:
-    """The operation with what its sums did in other orders."""
-    assert sums.again is not None
-    plain = (result if sums.first is None else sums.first()).flatten()
-    for order in orders():
-        other = sums.again(order).flatten()
-        both = (plain.isfinite() & other.isfinite()).nonzero().flatten()
-        a, b = plain[both], other[both]
-        apart = distance(a, b)
-        seen = seen.plus(
-            Operation(
-                seen.module,
-                seen.name,
-                calls=0,
-                compared=len(both),
-                moved=int((apart > 0).sum()),
-                distances=_binned(apart),
-                largest=float(apart.max()) if len(both) else 0.0,
-                shift=float((a.double() - b.double()).abs().sum()),
-                scale=float(a.double().abs().sum()),
-            )
-        )
+def _counted(seen: Operation, result: Any, given: Arguments) -> Operation:
+    """The operation with its divisions, roots and sums."""
+    name = seen.name
+    if not isinstance(result, torch.Tensor) or not (result.is_floating_point() or _of_integers(name, given)):
+        return seen
+    count = result.numel()
+    rows = count // result.shape[-1] if name in A_ROW and result.dim() and result.shape[-1] else count
+    seen = replace(seen, divisions=rows if name in DIVIDING else 0, roots=rows if name in ROOTS else 0)
+    if name in BY_NUMBER or not count:
+        return seen
+    length = SUMMING[name](given, _nothing).length if name in SUMMING else 2
+    return replace(seen, sums=count, length=length) if length > 1 else seen
+
+
+def _nothing(**_: Any) -> torch.Tensor:
+    raise NotImplementedError
+
+
+def _of_integers(name: str, given: Arguments) -> bool:
+    """A sum of exact compute's numerators, which are int64 and more than a mask's or a position's."""
+    x = given.get("self")
+    return name == "sum" and isinstance(x, torch.Tensor) and x.dtype == torch.int64
+
+
+def _compared(seen: Operation, sums: Sums) -> Operation:
+    """The operation with what its sums did in other orders; as it is where the kernel does not take them."""
+    if sums.again is None:
+        return seen
+    try:
+        plain = sums.again(as_they_are).flatten()
+        for order in orders():
+            other = sums.again(order).flatten()
+            for a, b in zip(plain.split(AT_ONCE), other.split(AT_ONCE), strict=True):
+                seen = seen.plus(_between(seen, a, b))
+    except (RuntimeError, NotImplementedError) as exc:
+        if isinstance(exc, torch.OutOfMemoryError):
+            raise
+        return replace(seen, compared=0, moved=0, distances=(), largest=0.0, shift=0.0, scale=0.0)
     return seen
+
+
+def _between(seen: Operation, a: torch.Tensor, b: torch.Tensor) -> Operation:
+    """Some results of two orders, beside each other."""
+    finite = a.isfinite() & b.isfinite()
+    same = (a == b) | (a.isnan() & b.isnan())
+    apart = torch.where(finite, distance(a, b), torch.where(same, 0.0, ELSEWHERE))
+    zero = torch.zeros((), dtype=torch.float64, device=a.device)
+    one, other = (torch.where(finite, x.double(), zero) for x in (a, b))
+    return Operation(
+        seen.module,
+        seen.name,
+        calls=0,
+        length=seen.length,
+        compared=len(a),
+        moved=int((apart > 0).sum()),
+        distances=_binned(apart),
+        largest=float(apart.max()) if len(a) else 0.0,
+        shift=float((one - other).square().sum()),
+        scale=float(one.square().sum()),
+    )
 
 
 def _binned(apart: torch.Tensor) -> tuple[int, ...]:
@@ -396,7 +264,7 @@ def distance(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 
 def _place(x: torch.Tensor) -> torch.Tensor:
-    """A number's place among the numbers of its dtype, zero's is 0."""
+    """A number's place among the numbers of its dtype; zero's is 0."""
     bits = x.contiguous().view(INTEGERS[x.dtype.itemsize]).to(torch.int64)
     magnitude = bits & ((1 << (8 * x.dtype.itemsize - 1)) - 1)
     return torch.where(bits < 0, -magnitude, magnitude)

@@ -421,15 +421,13 @@ class TransformersEngine:
         tick(len(whole))
         return found
 
-    def passes(self, request: Request) -> list[Pass]:
+    def passes(self, request: Request, phase: Callable[[str, int], Tick]) -> list[Pass]:
         """Exact compute is looked at on its way through torch: its C++ nobody sees into."""
         self._check_vocabulary([request])
         ids = torch.from_numpy(request.tokens.astype(np.int64))[None].to(self.device)
-        with (
-            _explained("looking at every operation", self._memory_hint),
-            exact.unfused() if self.exact else nullcontext(),
-        ):
-            return operations.passes(self.model, ids)
+        hint = "another prompt, a shorter one (--prompt), or more memory"
+        with _explained("looking at every operation", lambda: hint), exact.unfused() if self.exact else nullcontext():
+            return operations.passes(self.model, ids, phase)
 
     def _keeping(self, rows: torch.Tensor) -> dict[str, Any]:
         """The argument that has logits computed at some rows only, where the model has it."""

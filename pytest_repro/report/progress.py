@@ -20,8 +20,9 @@ class Display:
         stream: Callable[[], TextIO],
         uncaptured: Callable[[], AbstractContextManager[Any]] | None = None,
         quiet: bool = False,
+        unit: str = "tokens",
     ) -> None:
-        self.label, self.stream, self.quiet = label, stream, quiet
+        self.label, self.stream, self.quiet, self.unit = label, stream, quiet, unit
         self.uncaptured = uncaptured or nullcontext
         self.bar: Any = None
         self.started = 0.0
@@ -40,8 +41,8 @@ class Display:
         self.close()
         self.phase_name, self.started, self.done = label, time.monotonic(), 0
 
-        def tick(tokens: int) -> None:
-            self.done += tokens
+        def tick(done: int) -> None:
+            self.done += done
             self._show(total)
 
         return tick
@@ -51,7 +52,9 @@ class Display:
         if self.phase_name and self.done and not self.quiet:
             seconds = time.monotonic() - self.started
             rate = self.done / seconds if seconds > 0 else 0.0
-            self._write(f"{self.label}: {self.phase_name}: {self.done} tokens, {seconds:.1f} s, {rate:.0f} tokens/s\n")
+            self._write(
+                f"{self.label}: {self.phase_name}: {self.done} {self.unit}, {seconds:.1f} s, {rate:.0f} {self.unit}/s\n"
+            )
         self.phase_name = ""
 
     def _show(self, total: int) -> None:

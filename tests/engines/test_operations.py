@@ -16,10 +16,13 @@ from typer.testing import CliRunner
 from pytest_repro import numerics
 from pytest_repro.audit import Operation, Pass
 from pytest_repro.cli import app
+from pytest_repro.engines import operations
 from pytest_repro.engines.base import Spec, opener
 from pytest_repro.engines.operations import audited, distance
+from pytest_repro.engines.reordering import as_they_are, permuted
 from pytest_repro.generation import Request
 from pytest_repro.models import resolve
+from pytest_repro.numerics.layercast.weight import wrap
 
 from .tiny import build
 
@@ -36,6 +39,40 @@ def integers(*shape: int) -> torch.Tensor:
 
 def noise(*shape: int) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(7))
+
+
+LAYOUTS: dict[str, Callable[[torch.dtype], Any]] = {
+    "a weight as it lies": lambda d: noise(64, 300).to(d) @ noise(200, 300).to(d).t(),
+    "one row": lambda d: F.linear(noise(1, 300).to(d), noise(200, 300).to(d)),
+    "transposed keys": lambda d: noise(1, 3, 1, 64).to(d) @ noise(1, 40, 3, 64).to(d).transpose(1, 2).transpose(-1, -2),
+    "a part of a cache": lambda d: noise(3, 5, 64).to(d) @ noise(3, 90, 64).to(d)[:, :40].mT,
+    "keys of a group": lambda d: noise(4, 5, 64).to(d) @ noise(1, 40, 64).to(d).expand(4, 40, 64).mT,
+    "a transposed sum": lambda d: noise(30, 64).to(d).t().sum(-1),
+    "attention": lambda d: F.scaled_dot_product_attention(
+        *(noise(1, 40, 2, 64).to(d).transpose(1, 2) for _ in range(3)), is_causal=True
+    ),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_the_order_that_changes_nothing_moves_nothing(
+    name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The control: what is compared is order alone, and by the kernel that the model had run."""
+    results: list[torch.Tensor] = []
+    plain = operations._compared
+
+    def kept(seen: Operation, sums: Any) -> Operation:
+        results.append(sums.again(as_they_are))
+        return plain(seen, sums)
+
+    monkeypatch.setattr(operations, "_compared", kept)
+    monkeypatch.setattr(operations, "orders", lambda: iter([as_they_are]))
+    with audited(torch.nn.Identity()) as found:
+        out = LAYOUTS[name](dtype)
+    assert [op.moved for op in found if op.compared] == [0] and len(results) == 1
+    assert torch.equal(results[0].reshape(out.shape), out)
 
 
 def ran(call: Callable[[], Any]) -> list[Operation]:
@@ -114,6 +151,51 @@ def test_what_cannot_be_turned_round_is_named_not_passed_over() -> None:
     assert [(op.name, op.compared, op.sums > 0) for op in found] == [("convolution", 0, True)]
 
 
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: torch.mv(noise(4, 30), noise(30)),
+        lambda: noise(3, 4).index_add_(0, torch.tensor([0, 0]), noise(2, 4)),
+        lambda: torch.var_mean(noise(3, 40), dim=-1),
+        lambda: noise(3, 4).addmm_(noise(3, 30), noise(30, 4)),
+        lambda: F.avg_pool2d(noise(1, 1, 8, 8), 4),
+    ],
+    ids=["mv", "index_add_", "var_mean", "addmm_", "avg_pool2d"],
+)
+def test_what_is_in_no_table_may_sum_and_is_never_quiet(call: Callable[[], Any]) -> None:
+    found = ran(call)
+    assert found and not Pass("prefill", 1, 0.1, tuple(found)).quiet
+
+
+def test_a_sum_that_overflows_in_one_order_alone_has_moved() -> None:
+    terms = torch.tensor([[6e4] * 8 + [-6e4] * 8], dtype=torch.float16)
+    (found,) = ran(lambda: terms.cumsum(-1)[:, -1:] * 0 + terms @ torch.ones(16, 1, dtype=torch.float16))[-1:]
+    assert found.compared == 3
+    over = operations._between(
+        found, torch.tensor([1.0, torch.inf, torch.nan]), torch.tensor([torch.inf] * 2 + [torch.nan])
+    )
+    assert (over.compared, over.moved, over.largest) == (3, 1, operations.ELSEWHERE)
+
+
+@pytest.mark.parametrize("way", ["addmm", "matmul", "linear"])
+def test_layercast_s_product_is_seen_however_it_is_asked_for(way: str) -> None:
+    weight = wrap(noise(50, 70).bfloat16())
+    ways: dict[str, Callable[[], Any]] = {
+        "addmm": lambda: torch.addmm(noise(50), noise(5, 70), weight.t()),
+        "matmul": lambda: noise(5, 70) @ weight.t(),
+        "linear": lambda: F.linear(noise(5, 70), weight),
+    }
+    (found,) = ran(ways[way])
+    assert (found.name, found.length, found.sums, found.compared) == ("linear", 70, 250, 750) and found.moved
+
+
+def test_a_permutation_lies_in_memory_as_before() -> None:
+    wide = noise(6, 40, 64).transpose(0, 1)
+    for x in (wide, wide[:, :, 3:50], noise(1, 40, 64).expand(5, 40, 64), noise(40, 64).t()):
+        turned = permuted(x, -1, lambda terms: torch.arange(terms).flip(0))
+        assert turned.stride() == x.stride() and torch.equal(turned, x.flip(-1))
+
+
 def test_sums_of_a_mask_and_of_positions_are_none_of_floating_point() -> None:
     assert not ran(lambda: torch.ones(3, 4, dtype=torch.bool).cumsum(-1))
 
@@ -132,7 +214,7 @@ def passes(model: Path, mode: str) -> list[Pass]:
     request = Request("a", np.arange(1, 40, dtype=np.int32), "")
     files = resolve(str(model), model, lambda _: None)
     with opener("transformers")(Spec(numerics.mode(mode), 4, model, files)) as engine:
-        return engine.passes(request)  # type: ignore[attr-defined,no-any-return]
+        return engine.passes(request, lambda label, total: lambda _: None)  # type: ignore[attr-defined,no-any-return]
 
 
 @pytest.mark.parametrize("mode", ["fp32", "bf16", "layercast"])
@@ -215,6 +297,12 @@ def test_the_suites_mode_and_a_named_prompt(folder: Path) -> None:
 def test_a_wrong_option_is_told(folder: Path, named: list[str], told: str) -> None:
     done = CliRunner().invoke(app, ["audit", str(folder), *named])
     assert done.exit_code == 2 and told in done.output and "Traceback" not in done.output
+
+
+def test_a_prompt_that_the_model_cannot_take_is_told(folder: Path) -> None:
+    (folder / "p.jsonl").write_text(json.dumps({"id": "a", "prompt": "x" * 600}) + "\n")
+    done = CliRunner().invoke(app, ["audit", str(folder)])
+    assert done.exit_code == 2 and "prompt a has 609 tokens" in done.output and "512" in done.output
 
 
 def test_an_engine_that_nobody_looks_into_is_told(folder: Path) -> None:
