@@ -15,14 +15,14 @@ from rich.text import Text
 
 from .. import audit, gate
 from ..audit import Operation, Pass
-from ..engines.base import Auditing, Engine, check_options, check_tables
+from ..engines.base import Auditing, Engine
 from ..errors import ConfigError, EngineError
 from ..generation import Request
 from ..report.progress import Display
 from ..store import typed
-from ..suite import SUITE_FILE, Overrides, Prompt, Suite, defaults_around, load, parse_engine_option
+from ..suite import Prompt, Suite
 from ..text import inert
-from .shell import AsJson, app, as_data, console, reported, say
+from .shell import AsJson, app, as_data, console, reported, say, suite_at
 
 Numerics = Annotated[
     str | None, typer.Option("--numerics", metavar="MODE", help="The suite's first mode unless named.")
@@ -54,8 +54,7 @@ def look(
 
     Example: pytest-repro audit golden/word-problems --numerics fp32
     """
-    folder = path.parent if path.name == SUITE_FILE else path
-    suite = _suite(folder, engine, engine_option or ())
+    suite = suite_at(path, engine_option or (), engine=engine)
     chosen = _chosen(suite, prompt)
     mode = numerics or suite.numerics[0]
     show = Display(f"audit {suite.name}", lambda: sys.stderr, unit="operations")
@@ -65,7 +64,7 @@ def look(
             raise EngineError(f"nobody looks into the engine {suite.engine}", fix="--engine transformers")
         seen = live.observe()
         show.say(f"{mode}: {seen.compute_class} observed")
-        passes = live.passes(_within(live, gate.request(live, chosen), typed(folder)), show.phase)
+        passes = live.passes(_within(live, gate.request(live, chosen), typed(suite.folder)), show.phase)
         show.close()
     if as_json:
         as_data(_data(suite, mode, seen.compute_class, passes))
@@ -74,14 +73,6 @@ def look(
         _show(one, mode)
     if names := audit.unlooked(passes):
         say(f"summed by {', '.join(names)}, whose order cannot be changed from here: not compared", "yellow")
-
-
-def _suite(folder: Path, engine: str | None, named: Sequence[str]) -> Suite:
-    options = dict(parse_engine_option(text, "--engine-option") for text in named)
-    suite = load(folder, Overrides(engine=engine, engine_options=options), defaults_around(folder)[1])
-    check_options(suite.engine, suite.user_options, "--engine-option")
-    check_tables(suite.engine_tables, typed(folder))
-    return suite
 
 
 def _chosen(suite: Suite, name: str | None) -> Prompt:
@@ -141,7 +132,7 @@ def _show(one: Pass, mode: str) -> None:
     table = _table(one)
     Console(highlight=False, width=_needed(table)).print(table)
     looked = sum(op.seconds for op in one.operations)
-    say(f"operations took {looked * 1e3:.0f} ms while looked at", "dim")
+    say(f"operations took {looked * 1e3:.0f} ms, timed one by one", "dim")
     if source := one.source:
         say(
             f"noise is born most in {source.module}, {_short(source.name)} of {source.length}: {_percent(source)} of "

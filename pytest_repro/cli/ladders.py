@@ -13,7 +13,7 @@ from rich.text import Text
 
 from .. import descent, ladder
 from ..descent import Plan
-from ..engines.base import check_mode, check_options, check_tables
+from ..engines.base import check_mode
 from ..errors import ConfigError
 from ..ladder import Rung
 from ..numerics import formats
@@ -21,9 +21,8 @@ from ..numerics.formats import Emulation
 from ..report import curves as figure
 from ..report.progress import Display
 from ..store import atomic_write, typed
-from ..suite import SUITE_FILE, Overrides, Suite, defaults_around, load, parse_engine_option
 from ..text import inert
-from .shell import AsJson, app, as_data, console, errors, reported, say
+from .shell import AsJson, app, as_data, console, errors, reported, say, suite_at
 
 INTERRUPTED = 130
 FIGURE, TABLE = "ladder.svg", "ladder.md"
@@ -91,10 +90,9 @@ def walk(
 
     Example: pytest-repro ladder golden/word-problems
     """
-    folder = path.parent if path.name == SUITE_FILE else path
-    suite = _suite(folder, batch_size, engine, engine_option or ())
+    suite = suite_at(path, engine_option or (), batch_size=batch_size, engine=engine)
     plan = _plan(formats_, targets, scale, (at_exponent, at_mantissa) if curves else None, accuracy, allow_code)
-    check_mode(suite.engine, formats.mode(plan.rungs[0].name), typed(folder))
+    check_mode(suite.engine, formats.mode(plan.rungs[0].name), typed(suite.folder))
     place = out or Path("ladder") / suite.name
     show = Display(f"ladder {suite.name}", lambda: sys.stderr)
     show.first = False  # no line of pytest's is open here
@@ -113,15 +111,6 @@ def walk(
         as_data(_data(rungs, drawn))
     else:
         _show(rungs, drawn, place)
-
-
-def _suite(folder: Path, batch_size: int, engine: str | None, named: Sequence[str]) -> Suite:
-    options = dict(parse_engine_option(text, "--engine-option") for text in named)
-    overrides = Overrides(batch_size=batch_size, engine=engine, engine_options=options)
-    suite = load(folder, overrides, defaults_around(folder)[1])
-    check_options(suite.engine, suite.user_options, "--engine-option")
-    check_tables(suite.engine_tables, typed(folder))
-    return suite
 
 
 def _plan(

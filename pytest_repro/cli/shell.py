@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import wraps
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,7 +13,10 @@ from rich.console import Console
 from rich.text import Text
 
 from .. import __version__
+from ..engines.base import check_options, check_tables
 from ..errors import ReproError
+from ..store import typed
+from ..suite import SUITE_FILE, Overrides, Suite, defaults_around, load, parse_engine_option
 from ..text import inert
 
 app = typer.Typer(
@@ -35,6 +38,25 @@ def as_data(data: Any) -> None:
 def say(line: str, style: str = "") -> None:
     """A line for a person; nothing of it acts."""
     console.print(Text(inert(line), style=style))
+
+
+def suite_at(path: Path, named: Sequence[str], **others: Any) -> Suite:
+    """The suite of a command's argument: its folder or its suite.toml, with what the user named.
+
+    Args:
+        path: as it was typed.
+        named: `--engine-option`, as they were typed.
+        others: fields of `Overrides`.
+
+    Raises:
+        ConfigError: with file, line and field.
+    """
+    folder = path.parent if path.name == SUITE_FILE else path
+    options = dict(parse_engine_option(text, "--engine-option") for text in named)
+    suite = load(folder, Overrides(engine_options=options, **others), defaults_around(folder)[1])
+    check_options(suite.engine, suite.user_options, "--engine-option")
+    check_tables(suite.engine_tables, typed(folder))
+    return suite
 
 
 def reported(command: Callable[..., Any]) -> Callable[..., Any]:

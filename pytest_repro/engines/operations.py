@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ..audit import Operation, Pass, rolled_up
 from ..numerics.layercast import product
 from ..precision import inside
-from .base import Tick
+from .base import Tick, no_tick
 from .reordering import A_ROW, BY_NUMBER, DIVIDING, ROOTS, SUMMING, Arguments, Sums, as_they_are, orders
 
 TIMES = 3
@@ -69,7 +69,7 @@ def _pass(
 
 
 @contextmanager
-def audited(model: Any, tick: Tick | None = lambda _: None) -> Iterator[list[Operation]]:
+def audited(model: Any, tick: Tick | None = no_tick) -> Iterator[list[Operation]]:
     """Look on while the model computes; what it computes is unchanged.
 
     Args:

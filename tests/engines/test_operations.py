@@ -169,8 +169,8 @@ def test_what_is_in_no_table_may_sum_and_is_never_quiet(call: Callable[[], Any])
 
 def test_a_sum_that_overflows_in_one_order_alone_has_moved() -> None:
     terms = torch.tensor([[6e4] * 8 + [-6e4] * 8], dtype=torch.float16)
-    (found,) = ran(lambda: terms.cumsum(-1)[:, -1:] * 0 + terms @ torch.ones(16, 1, dtype=torch.float16))[-1:]
-    assert found.compared == 3
+    (found,) = ran(lambda: terms @ torch.ones(16, 1, dtype=torch.float16))
+    assert found.compared == 3, "an infinity is a result, and compared as one"
     over = operations._between(
         found, torch.tensor([1.0, torch.inf, torch.nan]), torch.tensor([torch.inf] * 2 + [torch.nan])
     )
