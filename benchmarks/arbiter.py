@@ -99,7 +99,7 @@ def main() -> None:
     spec = Spec(numerics.mode("bf16"), asked.max_new_tokens, SUITE, files)
     figures: dict[str, Any] = {}
     with opener("transformers")(spec) as engine:
-        requests = gate._watching(gate._requests(engine, asked), golden)
+        requests = gate.asked_again(engine, asked, golden)
         for name, change in CASES.items():
             with change(engine.model):  # type: ignore[attr-defined]
                 candidate = {s.id: s for s in engine.replay(requests)}

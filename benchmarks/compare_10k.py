@@ -55,7 +55,7 @@ def main() -> None:
     golden = Golden(
         suite="synthetic", model="none", compute_class="bf16", device_class="", numerics="bf16", max_new_tokens=TOKENS,
         batch_size=8, fingerprint={"engine": "none"}, generation=generation(0), scores=(None,) * PROMPTS,
-        noise=Envelope("bf16", (variant,), level),
+        noise=Envelope("bf16", (variant,), level, level),
     )  # fmt: skip
     now = generation(1, moved=3000)
     with tempfile.TemporaryDirectory() as folder:

@@ -40,7 +40,7 @@ def opened(mode: str) -> Iterator[tuple[Any, Any, list[Any], list[Any]]]:
     asked = suite.load(FOLDER)
     golden = store.Place(FOLDER, mode).read()
     with gate.live(asked, mode, gate.Options(), gate.Silent()) as engine:
-        every = gate._watching([gate._request(engine, p) for p in asked.prompts], golden)
+        every = gate.asked_again(engine, asked, golden)
         assert golden.sketch is not None
         yield engine, golden, every, [r for r in every if r.id in golden.sketch.prompts]
 

@@ -31,7 +31,7 @@ def main() -> None:
         def run(label: str, method: gate.Method, batch_size: int) -> None:
             asked = replace(loaded, batch_size=batch_size)
             options = Options(method=method)
-            result = judging.blank(asked, "fp32", None, "")
+            result = judging.blank(asked, "fp32", None, None, "")
             result = replace(result, environment=gate.environment(engine, asked), observed=engine.observe().to_json())
             golden = gate.find_golden(asked, "fp32", result, options)
             result = judging.against(result, golden, asked, frozenset())

@@ -58,7 +58,7 @@ class Cell:
         from pytest_repro.engines import transformers as module
         from pytest_repro.engines.base import Spec, opener
 
-        module._score = _watching_ranks(module._score)
+        module.score = _watching_ranks(module.score)
         files = models.resolve(MODEL, Path.cwd(), print)
         with opener("transformers")(Spec(numerics.mode(self.mode), TOKENS, Path.cwd(), files)) as engine:
             yield engine
@@ -168,11 +168,11 @@ class Cell:
 RANKS: dict[str, tuple[Any, Any]] = {}
 
 
-def _watching_ranks(score: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
+def _watching_ranks(score: Callable[..., Any]) -> Callable[..., Any]:
     """The engine's own scores, and beside them the golden token's rank and the five best, for vLLM's way of comparing."""
 
-    def watching(request: Any, logits: Any) -> Any:
-        found = score(request, logits)
+    def watching(request: Any, logits: Any, logsumexp: Any) -> Any:
+        found = score(request, logits, logsumexp)
         seen = logits[: len(found.logprob)].float()
         own = seen.gather(1, _column(request.reference))
         RANKS[request.id] = (
