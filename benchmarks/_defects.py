@@ -66,7 +66,8 @@ def rounded(x: torch.Tensor, bits: int) -> torch.Tensor:
     """Symmetric rounding to so many bits, a scale for each row (the last axis)."""
     top = 2 ** (bits - 1) - 1
     scale = x.abs().amax(-1, keepdim=True).clamp(min=1e-12) / top
-    return (x / scale).round().clamp(-top, top) * scale
+    grid: torch.Tensor = (x / scale).round().clamp(-top, top) * scale
+    return grid
 
 
 def quantised(bits: int) -> Defect:
@@ -130,7 +131,8 @@ def swapped_heads(first: int, second: int) -> Defect:
     def change(w: torch.Tensor, _: str) -> torch.Tensor:
         heads = w.clone().unflatten(1, (-1, 64))
         heads[:, [first, second]] = heads[:, [second, first]]
-        return heads.flatten(1)
+        swapped: torch.Tensor = heads.flatten(1)
+        return swapped
 
     return lambda e: weights(e, change, lambda n: n == f"model.layers.{LAYER}.self_attn.o_proj")
 
@@ -141,7 +143,8 @@ def lora(strength: float) -> Defect:
     def change(w: torch.Tensor, name: str) -> torch.Tensor:
         seed = torch.Generator().manual_seed(len(name) + sum(map(ord, name)))
         delta = torch.randn(w.shape[0], 8, generator=seed) @ torch.randn(8, w.shape[1], generator=seed)
-        return w + strength * w.norm() / delta.norm() * delta
+        changed: torch.Tensor = w + strength * w.norm() / delta.norm() * delta
+        return changed
 
     return lambda e: weights(e, change, lambda n: n.endswith(("q_proj", "v_proj")))
 
@@ -196,7 +199,8 @@ def _low_rank(share: float) -> Callable[[torch.Tensor], torch.Tensor]:
     def change(w: torch.Tensor) -> torch.Tensor:
         seed = torch.Generator().manual_seed(1)
         delta = torch.randn(w.shape[0], 8, generator=seed) @ torch.randn(8, w.shape[1], generator=seed)
-        return w + share * w.norm() / delta.norm() * delta
+        changed: torch.Tensor = w + share * w.norm() / delta.norm() * delta
+        return changed
 
     return change
 

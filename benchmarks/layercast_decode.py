@@ -29,12 +29,12 @@ NEW_TOKENS = 64
 
 
 def load(path: Path, mode: str, device: torch.device) -> Any:
-    options: dict[str, Any] = {
+    options: dict[str, dict[str, Any]] = {
         "fp32": {"dtype": torch.float32},
         "bf16": {"dtype": torch.bfloat16},
         "layercast": {"quantization_config": LayerCastConfig()},
-    }[mode]
-    return AutoModelForCausalLM.from_pretrained(path, use_safetensors=True, **options).to(device).eval()
+    }
+    return AutoModelForCausalLM.from_pretrained(path, use_safetensors=True, **options[mode]).to(device).eval()
 
 
 def tokens_per_second(model: Any, inputs: Any) -> float:

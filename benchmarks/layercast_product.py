@@ -11,6 +11,7 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -40,6 +41,10 @@ def measure(ways: dict[str, Callable[[], object]], device: torch.device, rounds:
     return {name: statistics.median(times[3:]) for name, times in seen.items()}
 
 
+def naive(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    return F.linear(x, weight.float())
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu", type=torch.device)
@@ -53,14 +58,13 @@ def main() -> None:
         for rows in (1, 2, 4, 8, 16, 32, 128, 512):
             x = torch.randn(rows, SIZE, device=args.device)
             ways: dict[str, Callable[[], object]] = {
-                "fp32": lambda x=x: F.linear(x, wide),
-                "layercast": lambda x=x: linear(x, weight),
-                "tiles": lambda x=x: tiled(x, weight, None),
-                "naive": lambda x=x: F.linear(x, weight.float()),
+                "fp32": partial(F.linear, x, wide),
+                "layercast": partial(linear, x, weight),
+                "tiles": partial(tiled, x, weight, None),
+                "naive": partial(naive, x, weight),
             }
             if args.device.type == "cuda":
-                short = x.bfloat16()
-                ways["bf16"] = lambda x=short: F.linear(x, weight)
+                ways["bf16"] = partial(F.linear, x.bfloat16(), weight)
             took = measure(ways, args.device, args.rounds)
             figures[f"{rows} rows"] = {
                 **{f"{name}, ms": round(ms, 3) for name, ms in took.items()},

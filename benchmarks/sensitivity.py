@@ -17,6 +17,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -55,10 +56,11 @@ class Cell:
     @contextmanager
     def engine(self) -> Iterator[Any]:
         from pytest_repro import models, numerics
+        from pytest_repro.engines import scoring
         from pytest_repro.engines import transformers as module
         from pytest_repro.engines.base import Spec, opener
 
-        module.score = _watching_ranks(module.score)
+        module.score = _watching_ranks(scoring.score)  # type: ignore[attr-defined]
         files = models.resolve(MODEL, Path.cwd(), print)
         with opener("transformers")(Spec(numerics.mode(self.mode), TOKENS, Path.cwd(), files)) as engine:
             yield engine
@@ -140,7 +142,7 @@ class Cell:
                 return
             here = self.environment == "here"
             for name, replay in benign(engine) if here else islice(benign(engine), 1):
-                self.keep(f"benign {name}", lambda replay=replay: replay(requests))
+                self.keep(f"benign {name}", partial(replay, requests))
             if not here:
                 return
             some = requests[:DEFECT_PROMPTS]
@@ -162,7 +164,7 @@ class Cell:
             with defect(engine), torch.inference_mode():
                 self.keep(f"defect {name}", lambda: engine.replay(requests))
         for name, change in _defects.prompts(engine).items():
-            self.keep(f"defect {name}", lambda change=change: engine.replay([change(r) for r in requests]))
+            self.keep(f"defect {name}", partial(engine.replay, [change(r) for r in requests]))
 
 
 RANKS: dict[str, tuple[Any, Any]] = {}
@@ -195,9 +197,9 @@ def benign(engine: Any) -> Iterator[tuple[str, Callable[[Sequence[Any]], Any]]]:
     from pytest_repro.engines.base import no_tick
 
     for name, run in engine.benign():
-        yield name, lambda requests, run=run: run(requests, no_tick)
+        yield name, partial(run, tick=no_tick)
     for positions in (400, 1000):
-        yield f"{positions} positions at once", lambda r, p=positions: engine._replay(r, no_tick, p)
+        yield f"{positions} positions at once", partial(engine._replay, tick=no_tick, positions=positions)
 
     def eager_single(requests: Sequence[Any]) -> Any:
         from pytest_repro.engines.transformers import _eager
