@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from _report import publish
 
-from pytest_repro import gate, models, numerics, store, suite
+from pytest_repro import asking, models, numerics, store, suite
 from pytest_repro.arbiter import ALPHA, arbitrate
 from pytest_repro.engines.base import Spec, opener
 
@@ -99,7 +99,7 @@ def main() -> None:
     spec = Spec(numerics.mode("bf16"), asked.max_new_tokens, SUITE, files)
     figures: dict[str, Any] = {}
     with opener("transformers")(spec) as engine:
-        requests = gate.asked_again(engine, asked, golden)
+        requests = asking.asked(engine, asked, golden)
         for name, change in CASES.items():
             with change(engine.model):  # type: ignore[attr-defined]
                 candidate = {s.id: s for s in engine.replay(requests)}

@@ -37,21 +37,21 @@ KERNELS = {"fp32": CHANGES["AVX2"][1], "bf16": CHANGES["oneDNN without bf16 inst
 
 def record(mode: str, folder: Path) -> None:
     """A golden of this machine."""
-    from pytest_repro import gate, store, suite
+    from pytest_repro import asking, recording, store, suite
 
-    gate.record(suite.load(FOLDER), mode, gate.Options(), gate.Silent(), folder)
+    recording.record(suite.load(FOLDER), mode, asking.Options(), asking.Silent(), folder)
     store.Place(folder, mode).write(store.Place(folder, mode, store.PENDING).read())
 
 
 @contextmanager
 def opened(mode: str, folder: Path) -> Iterator[tuple[Any, Any, list[Any], list[Any]]]:
     """An engine, a folder's golden, and the requests of all prompts and of those that are looked at."""
-    from pytest_repro import gate, store, suite
+    from pytest_repro import asking, store, suite
 
     asked = suite.load(FOLDER)
     golden = store.Place(folder, mode).read()
-    with gate.live(asked, mode, gate.Options(), gate.Silent()) as engine:
-        every = gate.asked_again(engine, asked, golden)
+    with asking.live(asked, mode, asking.Options(), asking.Silent()) as engine:
+        every = asking.asked(engine, asked, golden)
         assert golden.sketch is not None
         yield engine, golden, every, [r for r in every if r.id in golden.sketch.prompts]
 

@@ -16,13 +16,13 @@ from pathlib import Path
 
 from _report import publish
 
-from pytest_repro import gate, suite
+from pytest_repro import asking, recording, suite
 
 FOLDER = Path(__file__).parent.parent / "golden" / "word-problems"
 ROUNDS = 3
 
 
-class Stopwatch(gate.Silent):
+class Stopwatch(asking.Silent):
     """Seconds of every phase."""
 
     def __init__(self) -> None:
@@ -46,7 +46,7 @@ def once(mode: str) -> dict[str, float]:
     """Seconds of the phases of one recording."""
     watch = Stopwatch()
     with tempfile.TemporaryDirectory() as scratch:
-        gate.record(suite.load(FOLDER), mode, gate.Options(), watch, Path(scratch))
+        recording.record(suite.load(FOLDER), mode, asking.Options(), watch, Path(scratch))
     return watch.seconds
 
 

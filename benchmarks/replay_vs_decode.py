@@ -15,8 +15,8 @@ from typing import Any
 
 from _report import publish
 
-from pytest_repro import gate, judging, suite
-from pytest_repro.gate import Options, Silent
+from pytest_repro import asking, evidence, judging, suite
+from pytest_repro.asking import Options, Silent
 from pytest_repro.result import SuiteResult
 
 SUITE = Path(__file__).parent.parent / "golden" / "word-problems"
@@ -26,17 +26,17 @@ def main() -> None:
     loaded = suite.load(SUITE)
     seconds: dict[str, list[float]] = {"replay": [], "decode, batch size 8": [], "decode, batch size 1": []}
     verdicts: dict[str, list[str]] = {}
-    with gate.live(loaded, "fp32", Options(), Silent()) as engine:
+    with asking.live(loaded, "fp32", Options(), Silent()) as engine:
 
-        def run(label: str, method: gate.Method, batch_size: int) -> None:
+        def run(label: str, method: asking.Method, batch_size: int) -> None:
             asked = replace(loaded, batch_size=batch_size)
             options = Options(method=method)
             result = judging.blank(asked, "fp32", None, None, "")
-            result = replace(result, environment=gate.environment(engine, asked), observed=engine.observe().to_json())
-            golden = gate.find_golden(asked, "fp32", result, options)
+            result = replace(result, environment=asking.environment(engine, asked), observed=engine.observe().to_json())
+            golden = evidence.find_golden(asked, "fp32", result, options)
             result = judging.against(result, golden, asked, frozenset())
             started = time.perf_counter()
-            gathered = gate.gather(engine, asked, golden, result, options, Silent())
+            gathered = evidence.gather(engine, asked, golden, result, options, Silent())
             seconds[label].append(time.perf_counter() - started)
             judged: SuiteResult = judging.judge_all(result, asked, golden, gathered, engine.decode, False)
             verdicts[label] = [f"{p.id} {p.verdict}" for p in judged.prompts]

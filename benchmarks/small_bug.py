@@ -17,7 +17,7 @@ from typing import Any
 from _report import publish
 from safetensors.torch import load_file, save_file
 
-from pytest_repro import gate, models, suite
+from pytest_repro import asking, gate, models, suite
 
 SUITE = Path(__file__).parent.parent / "golden" / "word-problems"
 WEIGHT = "model.layers.15.mlp.down_proj.weight"
@@ -31,7 +31,7 @@ def main() -> None:
         tensors = load_file(copy / "model.safetensors")
         tensors[WEIGHT] = (tensors[WEIGHT].float() * 0.98).to(tensors[WEIGHT].dtype)
         save_file(tensors, copy / "model.safetensors", metadata={"format": "pt"})
-        options = gate.Options(method="replay", allow_changed=frozenset({"model"}))
+        options = asking.Options(method="replay", allow_changed=frozenset({"model"}))
         for numerics in ("fp32", "bf16"):
             result = gate.check(replace(loaded, model=str(copy)), numerics, options)
             ratios = [p.mean_abs_dlogp / p.benign_dlogp for p in result.prompts if p.mean_abs_dlogp and p.benign_dlogp]

@@ -24,12 +24,12 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from . import cells, grid, models, numerics, probe
+from .asking import Progress
 from .cells import Cell
 from .decoding import Sampling, asked, decode, suite_of
 from .engines.base import check_tables, needs_model
 from .errors import ConfigError
 from .fingerprint import Value
-from .gate import Progress
 from .grid import Setting
 from .store import atomic_write, typed
 from .suite import Overrides, Suite, defaults_around, load

@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 
 from . import grid, judging, numerics, probe
+from .asking import Options, Progress, environment, live
 from .cells import Cell, Row, Sample
 from .engines.base import Engine, check_options
 from .errors import EngineError, ReproError
 from .fingerprint import Value
-from .gate import Options, Progress, environment, live
 from .generation import Output, Request, digest, token_digest
 from .grid import Setting
 from .suite import Overrides, Suite, apply

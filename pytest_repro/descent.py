@@ -16,7 +16,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from . import gate, judging, ladder, schemas
+from . import asking, judging, ladder, schemas
 from .accuracy import paired_test
 from .engines.base import Emulating, Engine
 from .errors import ConfigError, EngineError, GoldenMissing
@@ -57,7 +57,7 @@ class Descent:
 
 
 def descend(
-    suite: Suite, plan: Plan, out: Path, show: gate.Progress, done: Callable[[Rung], None] = lambda _: None
+    suite: Suite, plan: Plan, out: Path, show: asking.Progress, done: Callable[[Rung], None] = lambda _: None
 ) -> list[Rung]:
     """Walk the plan's rungs, those that `out` holds already left out, and leave every one there when it is done.
 
@@ -77,13 +77,13 @@ def descend(
 
 
 def _descended(
-    suite: Suite, golden: Golden, plan: Plan, out: Path, show: gate.Progress, done: Callable[[Rung], None]
+    suite: Suite, golden: Golden, plan: Plan, out: Path, show: asking.Progress, done: Callable[[Rung], None]
 ) -> list[Rung]:
     kept = _kept(out / FILE, suite, golden)
     held = {rung.mode: rung for rung in kept.rungs if rung.accuracy is not None or not _decodes(suite, plan, rung.mode)}
     try:
         if any(emulation.name not in held for emulation in plan.rungs):
-            with gate.live(suite, "fp32", gate.Options(allow_code=plan.allow_code), show) as engine:
+            with asking.live(suite, "fp32", asking.Options(allow_code=plan.allow_code), show) as engine:
                 requests = _comparable(engine, suite, golden)
                 for number, emulation in enumerate(plan.rungs, 1):
                     if emulation.name not in held:
@@ -154,9 +154,9 @@ def _comparable(engine: Engine, suite: Suite, golden: Golden) -> list[Request]:
     if not seen.fp32_class:
         raise EngineError(f"a ladder starts from FP32, but the probe found {seen.compute_class}: {seen.detail}")
     blank = judging.blank(suite, "fp32", "fp32", None, typed(suite.folder))
-    blank = replace(blank, environment=gate.environment(engine, suite), observed=seen.to_json())
+    blank = replace(blank, environment=asking.environment(engine, suite), observed=seen.to_json())
     result = judging.against(blank, golden, suite, frozenset())
-    requests = gate.asked_again(engine, suite, golden)
+    requests = asking.asked(engine, suite, golden)
     able = {p.id for p in result.prompts if p.verdict == Verdict.IDENTICAL}
     other = judging.unanswerable(engine.context_length, suite, requests, golden, able, frozenset())
     reasons = {p.id: p.reason for p in result.prompts if p.id not in able} | {k: j.reason for k, j in other.items()}
@@ -178,7 +178,7 @@ def _walked(
     emulation: Emulation,
     plan: Plan,
     label: str,
-    show: gate.Progress,
+    show: asking.Progress,
 ) -> Rung:
     """One rung: the format put in force and proven, every golden token replayed, and what diverges decoded if asked."""
     assert isinstance(engine, Emulating)

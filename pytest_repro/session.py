@@ -19,10 +19,10 @@ from typing import Any
 
 from filelock import FileLock
 
-from . import accuracy, gate, numerics, probe
+from . import accuracy, gate, numerics, probe, recording
+from .asking import Options
 from .engines.base import check_mode, check_options, check_tables, opener
 from .errors import ConfigError, EngineError
-from .gate import Options
 from .generation import digest
 from .report import document
 from .report.progress import Display
@@ -152,7 +152,7 @@ class Session:
                 where=typed(suite.folder),
                 fix="record one of them alone, or give the other settings a suite of their own",
             )
-        done = gate.record(suite, mode, self.options(suite.folder, **more), _progress(self.config, suite, mode))
+        done = recording.record(suite, mode, self.options(suite.folder, **more), _progress(self.config, suite, mode))
         self.recorded[key] = mode
         self.recordings.append(document.of_recording(done))
         return self.recordings[-1]

@@ -45,7 +45,7 @@ LAYERS = [
     },
     {"store", "artifact", "history", "probe", "precision", "models", "engines", "numerics"},
     {"report"},
-    {"gate", "review", "verification", "trials", "descent", "decoding", "campaign"},
+    {"gate", "asking", "evidence", "recording", "review", "verification", "trials", "descent", "decoding", "campaign"},
     {"plugin", "cli", "session", "fixture", "testing"},
 ]
 LAYERCAST = {

@@ -13,7 +13,7 @@ from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
-from .. import audit, gate
+from .. import asking, audit
 from ..audit import Operation, Pass
 from ..engines.base import Auditing, Engine
 from ..errors import ConfigError, EngineError
@@ -59,12 +59,12 @@ def look(
     mode = numerics or suite.numerics[0]
     show = Display(f"audit {suite.name}", lambda: sys.stderr, unit="operations")
     show.first = False  # no line of pytest's is open here
-    with gate.live(suite, mode, gate.Options(), show) as live:
+    with asking.live(suite, mode, asking.Options(), show) as live:
         if not isinstance(live, Auditing):
             raise EngineError(f"nobody looks into the engine {suite.engine}", fix="--engine transformers")
         seen = live.observe()
         show.say(f"{mode}: {seen.compute_class} observed")
-        passes = live.passes(_within(live, gate.request(live, chosen), typed(suite.folder)), show.phase)
+        passes = live.passes(_within(live, asking.request(live, chosen), typed(suite.folder)), show.phase)
         show.close()
     if as_json:
         as_data(_data(suite, mode, seen.compute_class, passes))

@@ -12,10 +12,10 @@ from typing import Annotated
 import typer
 from rich.text import Text
 
-from .. import calibration, gate, numerics
+from .. import calibration, numerics, recording
+from ..asking import Options
 from ..engines.base import check_options, check_tables
 from ..errors import ConfigError
-from ..gate import Options
 from ..report.progress import Display
 from ..result import Calibrated
 from ..store import STEM, typed
@@ -63,7 +63,7 @@ def calibrate(
     show = Display(f"calibrate {suite.name} [{chosen}]", lambda: sys.stderr)
     show.first = False  # no line of pytest's is open here
     try:
-        done = gate.calibrate(suite, chosen, options, show)
+        done = recording.calibrate(suite, chosen, options, show)
     except KeyboardInterrupt:
         _tell("interrupted", "nothing was written", "yellow", as_json)
         raise typer.Exit(INTERRUPTED) from None

@@ -9,7 +9,7 @@ from typing import Any, TextIO
 
 
 class Display:
-    """A `gate.Progress` that writes to a stream, past pytest's capturing.
+    """A `asking.Progress` that writes to a stream, past pytest's capturing.
 
     The stream is asked for anew each time, while nothing is captured: a stream kept from before would be the captured one.
     """

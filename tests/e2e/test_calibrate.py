@@ -297,7 +297,7 @@ def test_a_new_recording_drops_them_and_says_so_and_the_same_bits_keep_them(proj
 
 def test_ctrl_c_leaves_nothing(project: Project) -> None:
     slow = "import time\n\ndef pause(engine):\n    time.sleep(60)\n"
-    project.write("sitecustomize.py", slow + "from pytest_repro import gate\ngate._plain_check = lambda *_: (print('begun', flush=True), pause(None))\n")  # fmt: skip
+    project.write("sitecustomize.py", slow + "from pytest_repro import recording\nrecording._plain_check = lambda *_: (print('begun', flush=True), pause(None))\n")  # fmt: skip
     kept = {k: v for k, v in os.environ.items() if k not in _NOT_INHERITED}
     before = {name: data for name, data in project.golden_files().items() if "script" not in name}
     with subprocess.Popen(

@@ -15,7 +15,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from pytest_repro import gate, store, suite
+from pytest_repro import asking, gate, recording, store, suite
 from pytest_repro.engines.base import Engine, Spec, opener
 from pytest_repro.result import SuiteResult
 
@@ -41,7 +41,7 @@ def checked(tmp_path_factory: pytest.TempPathFactory) -> suite.Suite:
     (folder / "suite.toml").write_text(TOML.format(model=model))
     (folder / "prompts.jsonl").write_text("".join(f'{{"id": "{n}", "prompt": "Count to {n}"}}\n' for n in "123"))
     loaded = suite.load(folder)
-    gate.record(loaded, "fp32", gate.Options())
+    recording.record(loaded, "fp32", asking.Options())
     store.accept(store.Place(folder, "fp32", store.PENDING), store.Reviewer("Ada", "a test's own"))
     return loaded
 
@@ -62,7 +62,7 @@ def run(checked: suite.Suite, mode: str, tamper: Callable[[Any], Any] | None = N
                 with context:
                     yield engine
 
-    return gate.check(checked, mode, gate.Options(opener=tampered))
+    return gate.check(checked, mode, asking.Options(opener=tampered))
 
 
 def compute(result: SuiteResult) -> tuple[str, str]:

@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from pytest_repro import gate, store, suite
+from pytest_repro import asking, evidence, gate, recording, store, suite
 from pytest_repro.engines.base import Spec, opener
 from pytest_repro.errors import ConfigError, EngineError, GoldenMissing
 from pytest_repro.generation import Request
@@ -51,13 +51,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (made / "suite.toml").write_text(TOML)
     rows = [{"id": name, "prompt": "Hello there" + " and so on" * i} for i, name in enumerate(NAMES)]
     (made / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    gate.record(suite.load(made), "exact", gate.Options())
+    recording.record(suite.load(made), "exact", asking.Options())
     store.accept(store.Place(made, "exact", store.PENDING), store.Reviewer("Ada", "a test's own"))
     return made
 
 
 def checked(folder: Path, **options: Any) -> SuiteResult:
-    return gate.check(suite.load(folder), "exact", gate.Options(**options))
+    return gate.check(suite.load(folder), "exact", asking.Options(**options))
 
 
 def copied(folder: Path, to: Path) -> Path:
@@ -97,7 +97,7 @@ def test_another_batch_size_and_thread_count_are_identical(folder: Path) -> None
     torch.set_num_threads(1 if threads > 1 else 2)
     try:
         one = replace(suite.load(folder), batch_size=1)
-        result = gate.check(one, "exact", gate.Options(method="decode"))
+        result = gate.check(one, "exact", asking.Options(method="decode"))
     finally:
         torch.set_num_threads(threads)
     assert result.passed, result.checks
@@ -138,10 +138,10 @@ def test_no_waiver_waives_a_bit(folder: Path, tmp_path: Path) -> None:
 
 
 def test_a_mode_that_rounds_has_no_exact_golden(folder: Path) -> None:
-    result = gate.check(suite.load(folder), "fp32", gate.Options())
+    result = gate.check(suite.load(folder), "fp32", asking.Options())
     assert {p.verdict for p in result.prompts} == {Verdict.MISSING}
     with pytest.raises(GoldenMissing):
-        gate.expect_golden(suite.load(folder), "fp32", gate.Options())
+        evidence.expect_golden(suite.load(folder), "fp32", asking.Options())
 
 
 def test_products_that_round_are_not_recorded_as_exact(
@@ -154,7 +154,7 @@ def test_products_that_round_are_not_recorded_as_exact(
 
     monkeypatch.setattr(operations, "linear", plain)
     with pytest.raises(EngineError, match="exact"):
-        gate.record(suite.load(copy), "exact", gate.Options())
+        recording.record(suite.load(copy), "exact", asking.Options())
     assert not store.Place(copy, "exact", store.PENDING).text.exists()
     result = checked(copy)
     assert next(c for c in result.checks if c.name == "compute").status == "fail"
@@ -162,7 +162,7 @@ def test_products_that_round_are_not_recorded_as_exact(
 
 def test_an_exact_golden_is_not_calibrated(folder: Path) -> None:
     with pytest.raises(ConfigError, match="no rounding to measure"):
-        gate.calibrate(suite.load(folder), "exact", gate.Options())
+        recording.calibrate(suite.load(folder), "exact", asking.Options())
 
 
 @contextmanager

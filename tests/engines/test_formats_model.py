@@ -13,7 +13,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from pytest_repro import gate, numerics, store, suite
+from pytest_repro import asking, gate, numerics, recording, store, suite
 from pytest_repro.engines.base import Engine, Spec, opener
 from pytest_repro.errors import ConfigError, EngineError
 from pytest_repro.generation import Request
@@ -307,7 +307,7 @@ def recorded(tmp_path_factory: pytest.TempPathFactory) -> suite.Suite:
     (folder / "prompts.jsonl").write_text("".join(f'{{"id": "{n}", "prompt": "Count to {n}"}}\n' for n in "123"))
     found = suite.load(folder)
     for mode in ("e4m3-weights", "fp32"):
-        gate.record(found, mode, gate.Options())
+        recording.record(found, mode, asking.Options())
         store.accept(store.Place(folder, mode, store.PENDING), store.Reviewer("Ada", "a test's own"))
     return found
 
@@ -317,12 +317,12 @@ def compute(result: SuiteResult) -> tuple[str, str]:
 
 
 def test_a_golden_in_a_format_is_checked_by_its_own_class_alone(recorded: suite.Suite) -> None:
-    result = gate.check(recorded, "e4m3-weights", gate.Options())
+    result = gate.check(recorded, "e4m3-weights", asking.Options())
     assert result.passed, compute(result)
     assert (result.golden or {})["name"] == "e4m3-weights"
     assert "does not apply: FP32-class compute was not observed" in compute(result)[1]
     assert result.thresholds.max_divergent == 1
-    other = gate.check(recorded, "e4m3", gate.Options())
+    other = gate.check(recorded, "e4m3", asking.Options())
     assert {p.verdict for p in other.prompts} == {Verdict.MISSING}
 
 
@@ -330,7 +330,7 @@ def test_what_differs_in_a_format_is_never_waived(recorded: suite.Suite) -> None
     """Against the fp32 golden, named on purpose, with the widest waiver: nothing is taken for FP32's rounding."""
     wide = suite.apply(recorded, suite.Overrides(thresholds={"fp32_waiver": "all"}))
     for mode in ("e2m1", "e2m1-weights"):
-        result = gate.check(wide, mode, gate.Options(golden="fp32"))
+        result = gate.check(wide, mode, asking.Options(golden="fp32"))
         assert result.counts.get(Verdict.DRIFT, 0) > 0 and not result.counts.get(Verdict.WAIVED, 0), result.counts
         assert not result.passed
 
@@ -344,7 +344,7 @@ def test_a_claim_that_the_probe_contradicts_fails(recorded: suite.Suite) -> None
             lose_a_weight(engine.model)  # type: ignore[attr-defined]
             yield engine
 
-    result = gate.check(recorded, "e4m3-weights", gate.Options(opener=tampered))
+    result = gate.check(recorded, "e4m3-weights", asking.Options(opener=tampered))
     status, message = compute(result)
     assert status == "fail" and not result.passed
     assert "the probe found lower" in message and "model.layers.1.mlp.up_proj" in message
@@ -353,7 +353,7 @@ def test_a_claim_that_the_probe_contradicts_fails(recorded: suite.Suite) -> None
 @pytest.mark.parametrize("name", ["vllm", "openai", "somebody:engine"])
 def test_an_engine_that_emulates_nothing_is_refused(recorded: suite.Suite, name: str) -> None:
     """It would compute in FP32, and a server could not even be looked at."""
-    result = gate.check(replace(recorded, engine=name), "e4m3-weights", gate.Options(trusted_engine=True))
+    result = gate.check(replace(recorded, engine=name), "e4m3-weights", asking.Options(trusted_engine=True))
     assert not result.passed
     assert f"the engine {name} emulates no floating-point formats" in compute(result)[1]
 

@@ -13,12 +13,13 @@ import torch
 from filelock import FileLock
 from typer.testing import CliRunner
 
-from pytest_repro import descent, gate, ladder, store, suite
+from pytest_repro import asking, descent, ladder, recording, store, suite
 from pytest_repro.cli import app
 from pytest_repro.descent import Plan
 from pytest_repro.engines.departures import References
 from pytest_repro.engines.transformers import TransformersEngine
 from pytest_repro.errors import ConfigError, EngineError, GoldenMissing
+from pytest_repro.generation import Request
 from pytest_repro.numerics.formats import parse
 
 from .tiny import build
@@ -51,15 +52,15 @@ def tiny(model: Path, tmp_path_factory: pytest.TempPathFactory) -> suite.Suite:
     (folder / "suite.toml").write_text(TOML.format(model=model))
     asked = [{"id": f"p{n}", "prompt": f"Count to {n}, then go on"} for n in range(6)]
     write(folder, asked)
-    with gate.live(suite.load(folder), "fp32", gate.Options(), gate.Silent()) as engine:
+    with asking.live(suite.load(folder), "fp32", asking.Options(), asking.Silent()) as engine:
         plain = suite.load(folder)
         for prompt, place in zip(asked, plain.prompts, strict=True):
             tokens = np.asarray(engine.encode(place), np.int32)
-            prompt["answer"] = engine.generate([gate.Request(place.id, tokens, place.content)])[0].text.strip()
+            prompt["answer"] = engine.generate([Request(place.id, tokens, place.content)])[0].text.strip()
     asked[-1]["answer"] = "something else"
     write(folder, asked)
     found = suite.load(folder)
-    gate.record(found, "fp32", gate.Options())
+    recording.record(found, "fp32", asking.Options())
     store.accept(store.Place(folder, "fp32", store.PENDING), store.Reviewer("Ada", "a test's own"))
     return found
 
@@ -75,7 +76,7 @@ def plan(*modes: str, decoded: bool = True) -> Plan:
 @pytest.fixture(scope="module")
 def walked(tiny: suite.Suite, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[ladder.Rung]]:
     out = tmp_path_factory.mktemp("out")
-    return out, descent.descend(tiny, plan(*MODES), out, gate.Silent())
+    return out, descent.descend(tiny, plan(*MODES), out, asking.Silent())
 
 
 def test_float32_stays_with_the_golden_and_fewer_bits_lead_away(walked: tuple[Path, list[ladder.Rung]]) -> None:
@@ -103,10 +104,10 @@ def test_where_a_prompt_leaves_is_where_decoding_leaves(
     """Replay's first divergence against texts that were generated: they agree up to it, and part at it."""
     rung = walked[1][3]
     golden = descent.fp32_golden(tiny).generation
-    with gate.live(tiny, "e4m3", gate.Options(), gate.Silent()) as engine:
+    with asking.live(tiny, "e4m3", asking.Options(), asking.Silent()) as engine:
         for name, index in rung.indices.items():
             prompt = next(p for p in tiny.prompts if p.id == name)
-            request = gate.Request(name, np.asarray(engine.encode(prompt), np.int32), prompt.content)
+            request = Request(name, np.asarray(engine.encode(prompt), np.int32), prompt.content)
             now = engine.generate([request])[0].tokens
             then = golden.tokens[golden.span(golden.index()[name])]
             np.testing.assert_array_equal(now[:index], then[:index])
@@ -118,9 +119,9 @@ def test_what_is_done_is_not_done_again(
 ) -> None:
     out, rungs = walked
     before = (out / descent.FILE).read_bytes()
-    monkeypatch.setattr(gate, "live", None)  # opening an engine would fail
+    monkeypatch.setattr(asking, "live", None)  # opening an engine would fail
     told: list[ladder.Rung] = []
-    assert descent.descend(tiny, plan(*MODES), out, gate.Silent(), told.append) == rungs == told
+    assert descent.descend(tiny, plan(*MODES), out, asking.Silent(), told.append) == rungs == told
     assert (out / descent.FILE).read_bytes() == before
 
 
@@ -133,12 +134,12 @@ def test_a_walk_that_stopped_goes_on(tiny: suite.Suite, tmp_path: Path, monkeypa
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        descent.descend(tiny, plan("e8m10", "e8m7", "e2m1", decoded=False), tmp_path, gate.Silent(), stop)
+        descent.descend(tiny, plan("e8m10", "e8m7", "e2m1", decoded=False), tmp_path, asking.Silent(), stop)
     assert seen == ["e8m10", "e8m7"]
     done: list[str] = []
     original = TransformersEngine.in_format
     monkeypatch.setattr(TransformersEngine, "in_format", lambda self, e: done.append(e.name) or original(self, e))
-    found = descent.descend(tiny, plan("e8m10", "e8m7", "e2m1", decoded=False), tmp_path, gate.Silent())
+    found = descent.descend(tiny, plan("e8m10", "e8m7", "e2m1", decoded=False), tmp_path, asking.Silent())
     assert done == ["e2m1"] and [r.mode for r in found] == ["e8m10", "e8m7", "e2m1"]
     assert not any(r.accuracy for r in found)
 
@@ -147,23 +148,23 @@ def test_logits_that_do_not_fit_are_computed_anew_to_the_same_numbers(
     tiny: suite.Suite, walked: tuple[Path, list[ladder.Rung]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("pytest_repro.engines.transformers.References", lambda: References(most=0))
-    found = descent.descend(tiny, plan("e4m3", "e2m1", decoded=False), tmp_path, gate.Silent())
+    found = descent.descend(tiny, plan("e4m3", "e2m1", decoded=False), tmp_path, asking.Silent())
     for rung, kept in zip(found, (walked[1][3], walked[1][4]), strict=True):
         assert (rung.mean_kl, rung.mean_abs_dlogp, rung.indices) == (kept.mean_kl, kept.mean_abs_dlogp, kept.indices)
 
 
 def test_two_walks_do_not_share_a_folder(tiny: suite.Suite, tmp_path: Path) -> None:
     with FileLock(tmp_path / ".lock"), pytest.raises(ConfigError, match="another ladder is being walked there"):
-        descent.descend(tiny, plan("e4m3"), tmp_path, gate.Silent())
+        descent.descend(tiny, plan("e4m3"), tmp_path, asking.Silent())
 
 
 def test_a_place_that_is_no_folder_is_told_before_anything_is_loaded(
     tiny: suite.Suite, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "file").touch()
-    monkeypatch.setattr(gate, "live", None)
+    monkeypatch.setattr(asking, "live", None)
     with pytest.raises(ConfigError, match="no folder to write to"):
-        descent.descend(tiny, plan("e4m3"), tmp_path / "file", gate.Silent())
+        descent.descend(tiny, plan("e4m3"), tmp_path / "file", asking.Silent())
 
 
 # --- the command ----------------------------------------------------------------------------------------------------
@@ -233,7 +234,7 @@ def test_targets_and_scale_are_part_of_every_rung(command: Any) -> None:
 def test_a_mistake_is_told_before_anything_is_loaded(
     command: Any, options: tuple[str, ...], said: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(gate, "live", None)
+    monkeypatch.setattr(asking, "live", None)
     found = command(*options)
     assert found.exit_code == 2 and said in found.output and "Traceback" not in found.output
 
@@ -245,7 +246,7 @@ def test_without_an_fp32_golden_there_is_no_ladder(tiny: suite.Suite, tmp_path: 
     for name in ("suite.toml", "prompts.jsonl"):
         (tmp_path / name).write_bytes((tiny.folder / name).read_bytes())
     with pytest.raises(GoldenMissing, match="there is no fp32 golden") as missing:
-        descent.descend(suite.load(tmp_path), plan("e4m3"), tmp_path / "out", gate.Silent())
+        descent.descend(suite.load(tmp_path), plan("e4m3"), tmp_path / "out", asking.Silent())
     assert "--repro-update" in missing.value.fix
 
 
@@ -253,7 +254,7 @@ def test_another_models_golden_is_refused(tiny: suite.Suite, tmp_path: Path) -> 
     other = build(tmp_path / "other", seed=7)
     with pytest.raises(ConfigError, match=r"6 prompts cannot be compared .* model\.weights"):
         descent.descend(
-            suite.apply(tiny, suite.Overrides(model=str(other))), plan("e4m3"), tmp_path / "out", gate.Silent()
+            suite.apply(tiny, suite.Overrides(model=str(other))), plan("e4m3"), tmp_path / "out", asking.Silent()
         )
 
 
@@ -261,7 +262,7 @@ def test_an_engine_that_emulates_nothing_is_refused(tiny: suite.Suite, tmp_path:
     (tiny.folder / "script.jsonl").write_text('{"id": "p0", "tokens": [1]}\n')
     scripted = suite.apply(tiny, suite.Overrides(engine="scripted", engine_options={"script": "script.jsonl"}))
     with pytest.raises(EngineError, match="the engine scripted emulates no floating-point formats"):
-        descent.descend(scripted, plan("e4m3"), tmp_path / "out", gate.Silent())
+        descent.descend(scripted, plan("e4m3"), tmp_path / "out", asking.Silent())
 
 
 HEADER = '{"schema": 1, "kind": "ladder", "suite": "tiny", "golden": "x", "settings": "y"}\n'
@@ -282,5 +283,5 @@ HEADER = '{"schema": 1, "kind": "ladder", "suite": "tiny", "golden": "x", "setti
 def test_rungs_of_another_ladder_are_not_mixed_in(tiny: suite.Suite, tmp_path: Path, text: str, said: str) -> None:
     (tmp_path / descent.FILE).write_text(text)
     with pytest.raises(ConfigError, match=said) as refused:
-        descent.descend(tiny, plan("e4m3"), tmp_path, gate.Silent())
+        descent.descend(tiny, plan("e4m3"), tmp_path, asking.Silent())
     assert refused.value.fix and (tmp_path / descent.FILE).read_text() == text

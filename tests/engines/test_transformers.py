@@ -209,7 +209,7 @@ def test_generation_defaults_of_the_model_do_not_leak_in(files: ModelFiles, tmp_
 
 
 def test_a_prompt_longer_than_the_context_is_not_recorded(tmp_path: Path) -> None:
-    from pytest_repro import gate, store, suite
+    from pytest_repro import asking, gate, recording, store, suite
 
     build(tmp_path / "model", context=64)
     folder = tmp_path / "s"
@@ -219,13 +219,13 @@ def test_a_prompt_longer_than_the_context_is_not_recorded(tmp_path: Path) -> Non
         '[generation]\nmax_new_tokens = 8\n[run]\nnumerics = ["bf16"]\n'
     )
     (folder / "p.jsonl").write_text('{"id": "a", "prompt": "short"}\n')
-    gate.record(suite.load(folder), "bf16", gate.Options())
+    recording.record(suite.load(folder), "bf16", asking.Options())
     store.accept(store.Place(folder, "bf16", store.PENDING), store.Reviewer("a test", "a test"))
     golden = store.Place(folder, "bf16").text.read_text()
     (folder / "p.jsonl").write_text('{"id": "a", "prompt": "short"}\n{"id": "b", "prompt": "' + "long " * 20 + '"}\n')
     with pytest.raises(ConfigError, match="exceed the model's context of 64"):
-        gate.record(suite.load(folder), "bf16", gate.Options())
+        recording.record(suite.load(folder), "bf16", asking.Options())
     assert store.pending(folder) == []
-    result = gate.check(suite.load(folder), "bf16", gate.Options())
+    result = gate.check(suite.load(folder), "bf16", asking.Options())
     assert [str(p.verdict) for p in result.prompts] == ["identical", "missing"]
     assert store.Place(folder, "bf16").text.read_text() == golden

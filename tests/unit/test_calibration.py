@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from pytest_repro import calibration, checks, gate, judging
+from pytest_repro import asking, calibration, checks, judging, recording
 from pytest_repro.calibration import MOST, basis, change_of, facts, moved, spoken, united, with_calibration
 from pytest_repro.errors import ConfigError, EngineError, GoldenError
 from pytest_repro.fingerprint import Change
@@ -303,4 +303,4 @@ def test_a_prompt_without_an_answer_is_an_error_and_no_noise() -> None:
 
 def test_a_shard_measures_no_envelope() -> None:
     with pytest.raises(ConfigError, match="a shard cannot measure it"):
-        gate.calibrate(suite("a"), "bf16", gate.Options(shard=Shard(1, 2)))
+        recording.calibrate(suite("a"), "bf16", asking.Options(shard=Shard(1, 2)))
