@@ -125,9 +125,6 @@ def separation(work: Path, mode: str) -> dict[str, Any]:
         "benign, ratio": {name: spread(r.gap) for name, r in cells.items()},
         f"false alarms in {SUITES} suites of {SUITE}": sum(t.fails(ALPHA) for t in calm),
         "largest ratio of a benign suite": round(max(t.ratio for t in calm), 3),
-        "FP32 against this golden, ratio": {
-            p.stem: spread(golden.replay(p).gap) for p in work.glob(f"{mode} here reference*")
-        },
         "largest ratio of a benign prompt": round(float(negatives["gap"].max()), 3),
         "defects": {name: row(golden, r, negatives, calm, mode) for name, r in defects.items()},
         "decoding": {
