@@ -63,7 +63,7 @@ def cell(mode: str, where: str, folder: Path) -> list[dict[str, Any]]:
 
     found = []
     with opened(mode, folder) as (engine, golden, _, looked_at):
-        if where == "other kernels":
+        if where == OTHER:
             torch.set_num_threads(1)
             engine.model.set_attn_implementation("eager")
         for name, module, defect in [("none", "", None), *((n, m, d) for n, (m, d) in SINGLE.items())]:
